@@ -1,0 +1,37 @@
+"""A digest that tells whether a backbone is the one an adaptation was made for: every number of every parameter counts."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def fingerprint(model: nn.Module) -> str:
+    """16 hex digits from the names, types, shapes and contents of all parameters.
+
+    A parameter's contents enter as two integer sums over its bit patterns, modulo 2^64, the second weighted by position, so
+    that the digest costs one pass over memory on any device: any one changed number changes it.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.named_parameters()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {_sums(tensor.detach())}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _sums(tensor: Tensor) -> tuple[int, int]:
+    """(Σ bits, Σ bits · (position mod 65521 + 1)) as 64-bit integers that wrap around."""
+    bits = tensor.contiguous().view(INTEGERS[tensor.element_size()]).reshape(-1)
+    total = weighted = 0
+    for start in range(0, bits.numel(), CHUNK):
+        chunk = bits[start : start + CHUNK].long()
+        place = torch.arange(start, start + chunk.numel(), device=bits.device).remainder_(65521).add_(1)
+        total += int(chunk.sum())
+        weighted += int((chunk * place).sum())
+    return total % 2**64, weighted % 2**64
+
+
+CHUNK = 1 << 22  # numbers at once: 32 MB of 64-bit integers

@@ -1,0 +1,161 @@
+"""The places of a backbone where a delta may act, under names that are the same for every family, and how to select them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from torch import Tensor, nn
+
+from deltaprompt.errors import SiteError, nearest
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Columns `[start, start + size)` of each of `groups` equal groups of a fused map's output."""
+
+    groups: int
+    start: int
+    size: int
+
+    def take(self, y: Tensor) -> Tensor:
+        """The part's columns: [..., out] -> [..., groups * size]."""
+        grouped = y.unflatten(-1, (self.groups, -1))
+        return grouped[..., self.start : self.start + self.size].flatten(-2)
+
+    def put(self, y: Tensor, part: Tensor) -> Tensor:
+        """`y` with the part's columns replaced (a new tensor)."""
+        grouped = y.unflatten(-1, (self.groups, -1))
+        new = part.unflatten(-1, (self.groups, -1)).to(y.dtype)
+        return grouped.slice_scatter(new, -1, self.start, self.start + self.size).flatten(-2)
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A named place: a module of the backbone, or a part of a fused map's output, with its sizes."""
+
+    name: str  # layers.3.attn.q
+    path: str  # encoder.layer.3.attention.self.query, in the whole model
+    kind: str  # linear, norm, embed, attn
+    inputs: int  # size of what enters (for embed: rows; for attn: 0)
+    outputs: int  # size of what leaves (for attn: heads of k and v times their size)
+    heads: int = 0  # attn only: heads of k and v
+    part: Part | None = None
+
+    def among(self, selectors: Iterable[str]) -> bool:
+        """Whether one of the selectors, layer ranges aside, speaks of this site."""
+        return any(s == self.path or _compiled(s)[0].fullmatch(self.name) for s in selectors)
+
+
+def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
+    """(in, out) of a linear map of any make (Linear, GPT-2's Conv1D, quantised ones that keep the two names), else None."""
+    known = vars(module)
+    if "in_features" in known and "out_features" in known:
+        return int(known["in_features"]), int(known["out_features"])
+    if "nx" in known and "nf" in known:
+        return int(known["nx"]), int(known["nf"])
+    return None
+
+
+def _piece(text: str) -> str:
+    """One piece of a selector as a regular expression: `*` is anything, `[…]` a captured layer number."""
+    if text == "*":
+        return r".*"
+    if text.startswith("["):
+        return r"\.(\d+)"
+    return re.escape(text)
+
+
+@lru_cache(maxsize=1024)
+def _compiled(selector: str) -> tuple[re.Pattern[str], tuple[slice | int, ...]]:
+    """The pattern of a selector and the ranges that its captured numbers must lie in."""
+    ranges: list[slice | int] = []
+    for text in re.findall(r"\[([^\]]*)\]", selector):
+        numbers = text.split(":")
+        if not all(re.fullmatch(r"-?\d*", n) for n in numbers) or len(numbers) > 3 or text in ("", "-"):
+            raise SiteError(f"selector {selector!r}: [{text}] is no index or range; write [3], [8:], [:4] or [-2:]")
+        ranges.append(int(text) if len(numbers) == 1 else slice(*(int(n) if n else None for n in numbers)))
+    pieces = re.findall(r"\[[^\]]*\]|\*|[^*\[]+", selector)
+    return re.compile(r"(?:.*\.)?" + "".join(map(_piece, pieces))), tuple(ranges)
+
+
+def _within(number: int, wanted: slice | int, count: int) -> bool:
+    if isinstance(wanted, int):
+        return number == (wanted if wanted >= 0 else count + wanted)
+    return number in range(count)[wanted]
+
+
+@dataclass(frozen=True)
+class Sites(Mapping[str, Site]):
+    """All sites of a backbone by name, in the order in which the model runs through them."""
+
+    by_name: Mapping[str, Site]
+
+    def __getitem__(self, name: str) -> Site:
+        if name not in self.by_name:
+            raise SiteError(f"no site {name!r}{nearest(name, self.by_name)}")
+        return self.by_name[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.by_name
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.by_name)
+
+    def __len__(self) -> int:
+        return len(self.by_name)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The site names with the layer numbers taken out: `attn.q`, `ffn.down`, `embed`, …"""
+        short = (re.sub(r"^(?:.*\.)?layers\.\d+\.", "", name) for name in self.by_name)
+        return tuple(dict.fromkeys(short))
+
+    def layer_counts(self) -> dict[str, int]:
+        """The number of layers of each stack, by its prefix (`""`, `"encoder."`, `"decoder."`)."""
+        counts: dict[str, int] = {}
+        for name in self.by_name:
+            if found := re.match(r"(.*?)layers\.(\d+)\.", name):
+                counts[found[1]] = max(counts.get(found[1], 0), int(found[2]) + 1)
+        return counts
+
+    def select(self, selectors: Iterable[str]) -> list[Site]:
+        """The sites that any selector matches, in the model's order. A selector that matches nothing is an error."""
+        chosen: set[str] = set()
+        for selector in selectors:
+            found = self.matching(selector)
+            if not found:
+                raise SiteError(self._no_match(selector))
+            chosen.update(found)
+        return [site for name, site in self.by_name.items() if name in chosen]
+
+    def matching(self, selector: str) -> list[str]:
+        """The names that one selector matches: a common name or its end, `*`, `layers[8:]`, `re:…`, or a module path."""
+        if selector.startswith("re:"):
+            try:
+                pattern = re.compile(selector[3:])
+            except re.error as e:
+                raise SiteError(f"selector {selector!r} is not a regular expression: {e}") from e
+            return [name for name in self.by_name if pattern.search(name)]
+        raw = [name for name, site in self.by_name.items() if site.path == selector]
+        if raw:
+            return raw
+        pattern, ranges = _compiled(selector)
+        counts = self.layer_counts()
+        found = []
+        for name in self.by_name:
+            match = pattern.fullmatch(name)
+            if match and all(
+                _within(int(match[i + 1]), wanted, counts.get(name[: match.start(i + 1)].removesuffix("layers."), 0))
+                for i, wanted in enumerate(ranges)
+            ):
+                found.append(name)
+        return found
+
+    def _no_match(self, selector: str) -> str:
+        return (
+            f"selector {selector!r} matches no site of this backbone{nearest(selector, self.roles)}. "
+            "`deltaprompt inspect` prints the tree of all sites"
+        )

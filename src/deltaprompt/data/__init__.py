@@ -1,0 +1,9 @@
+"""Rows from files and the Hub become `Example`s; few-shot samples and dev splits are dealt from them, by seed."""
+
+from __future__ import annotations
+
+from deltaprompt.data import shipped
+from deltaprompt.data.readers import labels_of, read, read_texts
+from deltaprompt.data.samplers import few_shot, split
+
+__all__ = ["few_shot", "labels_of", "read", "read_texts", "shipped", "split"]

@@ -1,0 +1,101 @@
+"""Train and dev sets are dealt class by class from one seeded generator: the same seed, the same rows, on any machine.
+
+Only `Random.random()` is drawn from, whose sequence Python keeps across versions (it does not keep `sample`'s and
+`shuffle`'s: https://docs.python.org/3/library/random.html#notes-on-reproducibility). Classes are dealt in the order of
+`labels_of`, so the order in which they first appear does not matter; the order of rows within a class does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from random import Random
+from typing import TypeVar
+
+from deltaprompt.data.readers import labels_of
+from deltaprompt.errors import ConfigError, DataError
+from deltaprompt.types import Example
+
+T = TypeVar("T")
+Classes = dict[str, list[Example]]
+Dealt = tuple[list[Example], list[Example]]
+
+
+def few_shot(examples: Sequence[Example], shots: int, seed: int, dev: bool = True) -> Dealt:
+    """`shots` rows of each class to train on and, with `dev`, up to as many others of each (never none) to choose by.
+
+    With one seed, the training rows of fewer shots are among those of more.
+    """
+    if shots < 1:
+        raise ConfigError(f"shots={shots}: a few-shot sample takes 1 row of each class or more")
+    classes = _by_class(examples)
+    _check_counts({name: len(rows) for name, rows in classes.items()}, shots, dev)
+    return _deal(classes, seed, lambda count: (shots, min(shots, count - shots) if dev else 0))
+
+
+def split(examples: Sequence[Example], fraction: float, seed: int) -> Dealt:
+    """All rows as (train, dev): about `fraction` of each class is dev, at least one row of a class with two or more."""
+    if not 0 < fraction < 1:
+        raise ConfigError(f"fraction={fraction}: the dev set's share lies between 0 and 1, for example 0.1")
+    classes = _by_class(examples)
+    if max(map(len, classes.values())) < 2:
+        raise DataError(
+            "every class has 1 row only, so none can go to the dev set; add rows, or train without a dev set"
+        )
+
+    def sizes(count: int) -> tuple[int, int]:
+        held_out = 0 if count < 2 else min(max(int(fraction * count + 0.5), 1), count - 1)
+        return count - held_out, held_out
+
+    return _deal(classes, seed, sizes)
+
+
+def _by_class(examples: Sequence[Example]) -> Classes:
+    """The rows of each class, classes in the order of `labels_of`."""
+    classes: Classes = {name: [] for name in labels_of(examples)}
+    if not classes:
+        raise DataError("there are no rows to sample from; read some with labels first")
+    for example in examples:
+        classes[str(example.label)].append(example)
+    return classes
+
+
+def _check_counts(counts: dict[str, int], shots: int, dev: bool) -> None:
+    """Every class has `shots` rows, and one more where there is a dev set."""
+    needed = shots + dev
+    short = sorted((name for name in counts if counts[name] < needed), key=counts.__getitem__)
+    if not short:
+        return
+    least = counts[short[0]]
+    more = len(short) - 1
+    others = f" (and {more} more {'class has' if more == 1 else 'classes have'} too few)" if more else ""
+    for_dev = ", one of them for dev" if dev else ""
+    raise DataError(
+        f"class {short[0]!r} has {least} row{'s' * (least != 1)}{others}; shots={shots} needs {needed} of each class"
+        f"{for_dev}; {_ways_out(least, shots, dev)}"
+    )
+
+
+def _ways_out(least: int, shots: int, dev: bool) -> str:
+    """What the smallest class, of `least` rows, makes possible."""
+    ways = [f"shots up to {least - dev}"] if least > dev else []
+    ways += ["dev=False"] if dev and least >= shots else []
+    return f"possible: {' or '.join([*ways, 'more rows of that class'])}"
+
+
+def _deal(classes: Classes, seed: int, sizes: Callable[[int], tuple[int, int]]) -> Dealt:
+    """From each class, shuffled: first rows to train, next to dev, in the numbers that `sizes` gives for its count."""
+    generator = Random(seed)
+    train: list[Example] = []
+    dev: list[Example] = []
+    for rows in classes.values():
+        mixed = _shuffled(rows, generator)
+        first, second = sizes(len(rows))
+        train += mixed[:first]
+        dev += mixed[first : first + second]
+    return _shuffled(train, generator), _shuffled(dev, generator)
+
+
+def _shuffled(items: Sequence[T], generator: Random) -> list[T]:
+    """`items` in the order of one random number drawn for each."""
+    keys = [generator.random() for _ in items]
+    return [items[i] for i in sorted(range(len(items)), key=keys.__getitem__)]

@@ -1,0 +1,1 @@
+"""Deltas, one method a file; the file's name is the delta's name. `_base` says what a delta is."""

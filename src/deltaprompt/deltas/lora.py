@@ -1,0 +1,49 @@
+"""y' = y + (α/r) · B A x, B = 0 at the start (Hu et al. 2022, eq. 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+from torch.nn import functional
+
+from deltaprompt.backbone.sites import Site
+from deltaprompt.deltas._base import After, Delta, Mergeable, Param, Taxonomy, Weights, kaiming, zeros
+from deltaprompt.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class LoRA(Delta, After, Mergeable):
+    """Low-rank adaptation: r · (in + out) parameters a linear map.
+
+    Args:
+        rank: r, the rank of the change of the weight.
+        alpha: α; the change is scaled by α / r.
+        dropout: of x on its way into A, while training.
+        at: selectors of linear maps.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    at: tuple[str, ...] = ("attn.q", "attn.v")
+    taxonomy: ClassVar[Taxonomy] = "reparametrisation"
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"lora: got rank={self.rank}, dropout={self.dropout}; rank >= 1 and 0 <= dropout < 1 are possible")
+
+    def selectors(self) -> Sequence[str]:
+        return self.at
+
+    def params(self, site: Site) -> Mapping[str, Param]:
+        return {"a": Param((self.rank, site.inputs), kaiming), "b": Param((site.outputs, self.rank), zeros)}
+
+    def after(self, w: Weights, site: Site, x: Tensor, y: Tensor) -> Tensor:
+        x = functional.dropout(x, self.dropout, w.training)
+        return y + self.alpha / self.rank * (x @ w["a"].mT @ w["b"].mT)  # [b, s, in] -> [b, s, r] -> [b, s, out]
+
+    def merged(self, w: Weights, site: Site, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight + self.alpha / self.rank * (w["b"] @ w["a"]), bias

@@ -1,0 +1,308 @@
+"""`Features`: examples -> token ids cut to length, with the positions where the answer is read, carried once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Literal as OneOf
+
+import torch
+
+from deltaprompt.errors import ConfigError, DataError, TemplateError, nearest
+from deltaprompt.features.batching import attended, bucketed, chunks, padded, shifted
+from deltaprompt.features.chat import chat_pieces
+from deltaprompt.features.codec import Ask, Codec, Tokens
+from deltaprompt.features.layout import Fixed, Kind, Layout, Part, Raw, Run, check_masks, ends_with_answer, lay_out
+from deltaprompt.features.truncate import fit
+from deltaprompt.templates import Mask, Piece, Role, Soft, Template
+from deltaprompt.types import Batch, Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+AT_ONCE: Final = 1024  # rows in one call of the tokenizer: its threads are busy, its results do not pile up
+
+
+class SoftBlock(NamedTuple):
+    """A block of trainable tokens: what it is called, the words it begins from, its number of tokens."""
+
+    key: str
+    words: str | None
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sequence: its ids, the positions in the states that are read, and an encoder-decoder's start of an answer."""
+
+    ids: list[int]
+    at: list[int]
+    decoder: list[int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One example: a sequence for each number of masks that answers need, and the class."""
+
+    variants: tuple[Row, ...]
+    label: int | None = None
+
+    @property
+    def length(self) -> int:
+        """The length of the longest sequence."""
+        return max(len(row.ids) for row in self.variants)
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """Template × tokenizer × kind of backbone; checks that the three fit, then turns examples into batches.
+
+    Soft tokens are virtual ids, `soft_base + row`: first the `prepend_soft` ones in front of the whole sequence, then
+    the template's blocks in order of appearance. Nothing after this changes a length: positions are right for good.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    template: Template
+    kind: Kind
+    max_length: int
+    labels: tuple[str, ...]
+    _: KW_ONLY
+    soft_base: int  # the size of the vocabulary: the first virtual id
+    answer_lengths: tuple[int, ...] = (1,)  # the numbers of tokens that label words have
+    prepend_soft: int = 0
+    decoder_start_id: int | None = None
+    sentinel: str | None = None  # what stands for the answer in an encoder-decoder's input; none: its mask token
+
+    def __post_init__(self) -> None:
+        if not self.answer_lengths or min(self.answer_lengths) < 1:
+            raise ConfigError(f"answers have one token or more, got answer_lengths {self.answer_lengths}")
+        if self.kind == "seq2seq" and self.decoder_start_id is None:
+            raise ConfigError("an encoder-decoder needs decoder_start_id; it is in the backbone's config")
+        check_masks(self.kind, self.template.pieces, self.answer_lengths)
+        if self._layout.masks:
+            self._mask_id  # noqa: B018  says what is wrong now rather than at the first row
+
+    # What the template asks for
+
+    @cached_property
+    def soft_blocks(self) -> tuple[SoftBlock, ...]:
+        """The template's blocks of soft tokens, each once, in the order of their virtual ids."""
+        return tuple(self._block(i, soft) for i, soft in enumerate(self.template.softs))
+
+    @property
+    def soft_rows(self) -> int:
+        """The number of the template's own soft tokens; `prepend_soft` ones come before them."""
+        return sum(block.size for block in self.soft_blocks)
+
+    @property
+    def space_before_mask(self) -> bool:
+        """Whether a blank stands before the (first) mask; it is part of the answer's first token."""
+        return self._layout.space
+
+    def word_ids(self, words: str) -> list[int]:
+        """The token ids of words that stand alone."""
+        return self._known(words, self._codec.one(words))
+
+    def answer_ids(self, word: str) -> list[int]:
+        """The token ids of a label word as it stands at the (first) mask."""
+        word, place = word.strip(), self._layout
+        ids = self._codec.one(" " + word if place.space else word, place.opens and not place.space) if word else []
+        if self._codec.unknown in ids:  # no piece of the vocabulary goes on without a blank
+            ids = self._codec.one(word)
+        return self._known(word, ids)
+
+    def label_index(self, label: str) -> int:
+        """The class of that label."""
+        if label not in self._classes:
+            raise DataError(f"there is no label {label!r}{nearest(label, self.labels)}")
+        return self._classes[label]
+
+    # Examples -> rows -> batches
+
+    def encode(self, examples: Sequence[Example]) -> list[Encoded]:
+        """Examples -> rows, truncated where the template allows it."""
+        starts = range(0, len(examples), AT_ONCE)
+        return [row for start in starts for row in self._encode(examples[start : start + AT_ONCE])]
+
+    def collate(
+        self,
+        encoded: Sequence[Encoded],
+        index: Sequence[int] | None = None,
+        padding: OneOf["left", "right"] | None = None,
+    ) -> Batch:
+        """Rows -> one batch, as long as its longest row; variants of one example stand together.
+
+        Padding is on the left of causal rows, so that an answer can follow at once, and on the right of all others:
+        decoders with learned positions (BART) count them from the first column, padding or not.
+        """
+        rows = [row for one in encoded for row in one.variants]
+        ids, left = [row.ids for row in rows], (padding or ("left" if self.kind == "causal" else "right")) == "left"
+        mask = attended(ids, left)  # [b*v, s]
+        inputs = {"input_ids": padded(ids, self._pad_id, left), "attention_mask": mask}
+        if self.kind == "causal" and left:
+            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+        read = ids
+        if self.kind == "seq2seq":
+            read = [row.decoder or [] for row in rows]
+            inputs["decoder_input_ids"] = padded(read, self._pad_id, left)  # [b*v, t]
+            inputs["decoder_attention_mask"] = attended(read, left)
+        return Batch(
+            inputs=inputs,
+            answer_at=shifted([row.at for row in rows], read, left),
+            variants=len(rows) // max(len(encoded), 1),
+            labels=_labels([one.label for one in encoded]),
+            index=None if index is None else torch.tensor(index, dtype=torch.long),
+        )
+
+    def batches(
+        self, encoded: Sequence[Encoded], batch_size: int, *, order: Sequence[int] | None = None
+    ) -> Iterator[Batch]:
+        """Batches of the rows in that order, or (for little padding) the longest first; `index` says which they are."""
+        if order is None:
+            parts = bucketed([one.length for one in encoded], batch_size)
+        else:
+            parts = chunks(order, batch_size)
+        for part in parts:
+            yield self.collate([encoded[i] for i in part], part)
+
+    # How
+
+    @cached_property
+    def _codec(self) -> Codec:
+        return Codec(self.tokenizer)
+
+    @cached_property
+    def _classes(self) -> dict[str, int]:
+        return {label: i for i, label in enumerate(self.labels)}
+
+    @cached_property
+    def _pad_id(self) -> int:
+        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return int(next(i for i in known if i is not None))
+
+    @cached_property
+    def _mask_id(self) -> int:
+        """The token that stands at `{mask}`."""
+        if self.kind == "seq2seq" and self.sentinel is not None:
+            found = self.tokenizer.get_vocab().get(self.sentinel)
+        else:
+            found = self.tokenizer.mask_token_id
+        if found is None:
+            raise TemplateError(
+                f"the template has {{mask}}, but the tokenizer has no {self.sentinel or 'mask token'}; use a backbone "
+                "that has one, or leave {mask} out and put a head or prototypes on the states"
+            )
+        return int(found)
+
+    @cached_property
+    def _layout(self) -> Layout:
+        """The parts of a row, from the virtual ids in front to the tokenizer's own last special token."""
+        numbers, blocks = iter(self.template.soft_ids), self._virtual_ids()
+
+        def raw(piece: Piece) -> Raw:
+            if isinstance(piece, Soft):
+                return Fixed(blocks[next(numbers)], virtual=True)
+            return Fixed(()) if isinstance(piece, Role) else piece  # a role is written by the chat template
+
+        chat = self.template.is_chat
+        pieces = chat_pieces(self.tokenizer, self.template, raw) if chat else [raw(p) for p in self.template.pieces]
+        if self.kind == "causal":
+            pieces = ends_with_answer(pieces, chat)
+        middle = lay_out(pieces, self._codec.restarts if chat else True)
+        return self._enclosed(middle, chat)
+
+    def _enclosed(self, middle: Layout, chat: bool) -> Layout:
+        before, after = ((), ()) if chat else (self._codec.before, self._codec.after)
+        parts: tuple[Part, ...] = middle.parts
+        if self.kind == "causal":
+            after, parts = (), tuple(p for p in parts if not isinstance(p, Mask))
+        front = range(self.soft_base, self.soft_base + self.prepend_soft)
+        parts = (Fixed(tuple(front), virtual=True), Fixed(before), *parts, Fixed(after))
+        if self.kind == "seq2seq" and not middle.masks:  # the decoder's first word
+            return Layout(parts, opens=True)
+        return Layout(parts, middle.opens, middle.space)
+
+    def _virtual_ids(self) -> list[tuple[int, ...]]:
+        sizes = [block.size for block in self.soft_blocks]
+        ends = accumulate(sizes, initial=self.soft_base + self.prepend_soft)
+        return [tuple(range(start, start + size)) for start, size in zip(ends, sizes, strict=False)]
+
+    def _block(self, number: int, soft: Soft) -> SoftBlock:
+        if soft.words is not None:
+            return SoftBlock(f'"{soft.words}"', soft.words, len(self.word_ids(soft.words)))
+        return SoftBlock(soft.name or f"#{number}", None, soft.size or 0)
+
+    def _known(self, words: str, ids: list[int]) -> list[int]:
+        if not ids:
+            raise ConfigError(f"{words!r} has no tokens in this vocabulary; choose another word")
+        if self._codec.unknown in ids:
+            unknown = self.tokenizer.unk_token
+            raise ConfigError(f"{words!r} is unknown to this vocabulary (it has {unknown}); choose another word")
+        return ids
+
+    @cached_property
+    def _masks_each(self) -> tuple[int, ...]:
+        return self.answer_lengths if self._layout.masks and self.kind != "seq2seq" else (1,)
+
+    @cached_property
+    def _around(self) -> int:
+        """The number of tokens that are not text, in the longest variant; with what a causal answer will add."""
+        fixed = sum(len(part.ids) for part in self._layout.parts if isinstance(part, Fixed))
+        later = max(self.answer_lengths) - 1 if self.kind == "causal" else 0
+        return fixed + later + self._layout.masks * max(self._masks_each)
+
+    def _encode(self, examples: Sequence[Example]) -> list[Encoded]:
+        runs = [part for part in self._layout.parts if isinstance(part, Run)]
+        filled = [[run.fill(example.fields) for run in runs] for example in examples]
+        tokens: dict[Ask, Tokens] = self._codec.encode(ask for row in filled for _, ask in row)
+        room = self.max_length - self._around
+        texts = [fit([(text, tokens[ask]) for text, ask in row], room, self._around) for row in filled]
+        return [self._one(example, text) for example, text in zip(examples, texts, strict=True)]
+
+    def _one(self, example: Example, texts: list[list[int]]) -> Encoded:
+        label = None if example.label is None else self.label_index(example.label)
+        return Encoded(tuple(self._row(texts, n) for n in self._masks_each), label)
+
+    def _row(self, texts: list[list[int]], masks: int) -> Row:
+        ids, at, text = list[int](), list[int](), iter(texts)
+        for part in self._layout.parts:
+            if isinstance(part, Mask):
+                at.extend(range(len(ids), len(ids) + masks))
+                ids.extend([self._mask_id] * masks)
+            else:
+                ids.extend(part.ids if isinstance(part, Fixed) else next(text))
+        if self.kind == "seq2seq":
+            return self._answered(ids, at)
+        if self.kind == "causal":
+            ids = ids or [self._first_id()]
+            return Row(ids, [len(ids) - 1])
+        return Row(ids, at or list(range(len(ids))))
+
+    def _answered(self, ids: list[int], at: list[int]) -> Row:
+        """T5's answer follows its sentinel; BART's follows its own text up to the mask, which the decoder repeats."""
+        start = [i for i in (self.decoder_start_id,) if i is not None]
+        if at and self.sentinel is not None:
+            start.append(self._mask_id)
+        elif at:
+            start.extend(i for i in ids[: at[0]] if i < self.soft_base)
+        return Row(ids, [len(start) - 1], start)
+
+    def _first_id(self) -> int:
+        """What an empty prompt of a left-to-right model begins with."""
+        for known in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if known is not None:
+                return int(known)
+        raise DataError("a row has no text at all; leave it out, or give the template some words of its own")
+
+
+def _labels(labels: Sequence[int | None]) -> torch.Tensor | None:
+    known = [label for label in labels if label is not None]
+    if not known:
+        return None
+    if len(known) < len(labels):
+        bare = len(labels) - len(known)
+        raise DataError(f"{bare} of {len(labels)} rows have no label; give every row one, or none")
+    return torch.tensor(known, dtype=torch.long)  # [b]

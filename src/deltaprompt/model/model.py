@@ -1,0 +1,261 @@
+"""The forward path: template and deltas in front, the backbone's states where the answer is read, the verbalizer behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from deltaprompt.backbone import Backbone
+from deltaprompt.backbone.continuation import prompted
+from deltaprompt.compose import Adapted, Index, Stack
+from deltaprompt.deltas._base import Delta, Weights
+from deltaprompt.deltas.soft_prompt import SoftPrompt
+from deltaprompt.errors import ConfigError
+from deltaprompt.features import Encoded, Features
+from deltaprompt.model.task import Task
+from deltaprompt.templates import parse
+from deltaprompt.types import AtMask, Batch, Example
+from deltaprompt.verbalizers._base import Answers, Setting, Started, Verbalizer, pooled
+
+T5_SENTINEL = "<extra_id_0>"
+BARE = "{text}"
+
+
+class Scorer(Stack):
+    """A verbalizer with its tensors: those that train, one slot per adaptation, and those that do not."""
+
+    def __init__(self, verbalizer: Verbalizer, setting: Setting, slots: int, adapted: Adapted, like: Tensor) -> None:
+        super().__init__(verbalizer.params(setting), slots, adapted.routing, like)
+        self.verbalizer = verbalizer
+        self.setting = setting
+        self.constants = tuple(verbalizer.constants(setting))
+        for name, tensor in verbalizer.constants(setting).items():
+            self.register_buffer(name, tensor.to(like.device), persistent=False)
+
+    def forward(self, at: AtMask) -> Tensor:
+        """Class scores [b, c]."""
+        fixed = {name: self.get_buffer(name) for name in self.constants}
+        own = self.weights(at.hidden.shape[0])
+        return self.verbalizer.scores(Weights({**own, **fixed}, self.training), self.setting, at)
+
+
+class Model(nn.Module):
+    """A backbone adapted to a task. `forward` takes a `Batch` and returns `{"loss", "logits"}`, so any trainer can train it."""
+
+    def __init__(self, backbone: Backbone, task: Task, deltas: Sequence[Delta], seeds: Sequence[int] = (0,)) -> None:
+        super().__init__()
+        self.task = task
+        self.backbone = backbone
+        self.chosen = tuple(deltas)
+        verbalizer = task.settled(backbone)
+        self.features = _features(backbone, task, verbalizer, self.chosen)
+        self.adapted = Adapted(backbone, _placed(self.chosen, self.features, backbone), len(seeds), seeds)
+        setting = Setting(task.names, backbone.kind, backbone.width, self.features.answer_ids)
+        self.scorer = Scorer(verbalizer, setting, len(seeds), self.adapted, next(backbone.model.parameters()))
+        self.scorer.start(seeds)
+        self._begin_soft_words()
+        self.train(False)
+
+    @property
+    def verbalizer(self) -> Verbalizer:
+        """The verbalizer in use."""
+        return self.scorer.verbalizer
+
+    def forward(self, batch: Batch, adaptation: Index = None) -> dict[str, Tensor]:
+        """Class scores `logits` [b, c] and, where the batch has labels, the mean cross-entropy `loss`."""
+        logits = self.scorer(self.at_mask(batch, adaptation))
+        if batch.labels is None:
+            return {"logits": logits}
+        return {"loss": cross_entropy(logits.float(), batch.labels), "logits": logits}
+
+    def at_mask(self, batch: Batch, adaptation: Index = None) -> AtMask:
+        """The states where the answer is read, and the head that scores words there."""
+        b, v = batch.answer_at.shape[0] // batch.variants, batch.variants
+        self.adapted.routing.index = adaptation
+        with self.adapted.repeated(v):
+            prompt = None
+            if self.backbone.kind in ("causal", "seq2seq") and max(self.features.answer_lengths) > 1:
+                prompt = prompted(self.backbone, batch.inputs, self.adapted.repeated)
+            states = self.backbone.states(batch.inputs) if prompt is None else prompt.states  # [b*v, s, d]
+        rows = torch.arange(len(states), device=states.device)[:, None]
+        hidden = states[rows, batch.answer_at.clamp(min=0)]  # [b*v, m, d]
+        return AtMask(
+            hidden.unflatten(0, (b, v)),
+            (batch.answer_at >= 0).unflatten(0, (b, v)),
+            None if self.backbone.head is None else self.backbone.head.logits,
+            None if prompt is None else lambda ids, lengths: prompt.log_likelihood(hidden[:, 0], ids, lengths),
+        )
+
+    def encode(self, examples: Sequence[Example]) -> list[Encoded]:
+        """Examples as token ids."""
+        return self.features.encode(examples)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone is."""
+        return next(self.backbone.model.parameters()).device
+
+    @torch.no_grad()
+    def start(self, examples: Sequence[Example], slot: int = 0, batch_size: int = 32) -> None:
+        """Gives a verbalizer that starts from states (prototypes, descriptions) its start, from the training examples."""
+        verbalizer, setting = self.verbalizer, self.scorer.setting
+        if not isinstance(verbalizer, Started):
+            return
+        support = self.embed(self.features, examples, slot, batch_size)
+        classes = torch.tensor([setting.labels.index(e.label) for e in examples if e.label is not None], device=support.device)
+        if len(classes) != len(examples):
+            raise ConfigError("a start from examples needs a label on every one")
+        described = [Example(dict.fromkeys(self._plain.template.fields, text)) for text in verbalizer.texts(setting)]
+        texts = self.embed(self._plain, described, slot, batch_size)
+        for name, tensor in verbalizer.start(setting, texts, support, classes.long()).items():
+            self.scorer.tensors[name][slot].copy_(tensor)
+
+    @property
+    def _plain(self) -> Features:
+        """How a description is read: by itself where states are means over tokens, otherwise through the template."""
+        if self.backbone.kind != "encoder" or self.features.template.masks:
+            return self.features
+        return replace(self.features, template=parse(BARE), prepend_soft=0)
+
+    @torch.no_grad()
+    def embed(self, features: Features, examples: Sequence[Example], slot: int = 0, batch_size: int = 32) -> Tensor:
+        """The pooled states [n, d] of examples, in their order; the model is not training."""
+        out = torch.zeros(len(examples), self.backbone.width, device=self.device)
+        with evaluating(self):
+            for batch in features.batches(features.encode(_unlabelled(examples)), batch_size):
+                at = self.at_mask(batch.to(self.device), slot)
+                out[batch.index] = pooled(at).float()
+        return out
+
+    def predict(
+        self, examples: Sequence[str | Mapping[str, str] | Example], batch_size: int = 32, slot: int = 0
+    ) -> list[dict[str, Any]]:
+        """`{"label", "score", "scores"}` for each text: the likeliest label, its probability, and every label's."""
+        names = self.task.names
+        found = []
+        for p in self.probabilities([_example(e) for e in examples], batch_size, slot).tolist():
+            scores = dict(zip(names, p, strict=True))
+            label = max(scores, key=lambda name: scores[name])
+            found.append({"label": label, "score": scores[label], "scores": scores})
+        return found
+
+    @torch.inference_mode()
+    def probabilities(self, examples: Sequence[Example], batch_size: int = 32, slot: int = 0) -> Tensor:
+        """Class probabilities [n, c] on the CPU, in the order of the examples."""
+        out = torch.zeros(len(examples), len(self.task.names))
+        with evaluating(self):
+            for batch in self.features.batches(self.features.encode(_unlabelled(examples)), batch_size):
+                logits = self(batch.to(self.device), slot)["logits"]
+                out[batch.index] = logits.float().softmax(-1).cpu()
+        return out
+
+    def evaluate(self, examples: Sequence[Example], batch_size: int = 32, slot: int = 0) -> dict[str, float]:
+        """Accuracy and macro F1 on labelled examples."""
+        from sklearn.metrics import accuracy_score, f1_score
+
+        if not examples:
+            raise ConfigError("there are no examples to evaluate on")
+        gold = [self.features.label_index(_label(e)) for e in examples]
+        predicted = self.probabilities(examples, batch_size, slot).argmax(-1).tolist()
+        macro = f1_score(gold, predicted, average="macro", labels=range(len(self.task.names)), zero_division=0.0)
+        return {"accuracy": float(accuracy_score(gold, predicted)), "macro_f1": float(macro)}
+
+    def parts(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every trainable tensor `[slots, …]` by stored name."""
+        for name, tensor in self.adapted.parts():
+            yield f"delta.{name}", tensor
+        for name, tensor in self.scorer.tensors.items():
+            yield f"verbalizer.{name}", tensor
+
+    def parameter_count(self) -> int:
+        """Trainable numbers of one adaptation."""
+        return sum(tensor[0].numel() for _, tensor in self.parts())
+
+    def _begin_soft_words(self) -> None:
+        """Soft tokens that begin from words take these words' embeddings."""
+        parts = dict(self.parts())
+        row = 0
+        for block in self.features.soft_blocks:
+            if block.words is not None:
+                ids = torch.tensor(self.features.word_ids(block.words), device=self.device)
+                name = f"delta.{len(self.adapted.deltas) - 1}.{self.backbone.input_embedding}.p"
+                with torch.no_grad():
+                    parts[name][:, row : row + block.size] = self.backbone.model.get_input_embeddings()(ids).to(parts[name].dtype)
+            row += block.size
+
+
+def adapt(backbone: Backbone, task: Task, deltas: Sequence[Delta] = (), seed: int = 0) -> Model:
+    """A model for a task: the frozen backbone, its deltas in the order in which they act, and the task's verbalizer."""
+    return Model(backbone, task, deltas, [seed])
+
+
+def _features(backbone: Backbone, task: Task, verbalizer: Verbalizer, deltas: Sequence[Delta]) -> Features:
+    """The features of a task, with as many masks as the verbalizer's words need."""
+    if len(task.names) < 2 or len(set(task.names)) < len(task.names):
+        raise ConfigError(f"a task needs two labels or more, each once; got {list(task.names)}")
+    limit = backbone.max_length
+    if task.max_length is not None and not 1 <= task.max_length <= limit:
+        raise ConfigError(f"max_length {task.max_length} is not possible: this backbone takes 1 to {limit} tokens")
+    config = backbone.config
+    sentinel = T5_SENTINEL if T5_SENTINEL in backbone.tokenizer.get_vocab() else None
+    features = Features(
+        backbone.tokenizer,
+        parse(task.template),
+        backbone.kind,
+        task.max_length or limit,
+        task.names,
+        soft_base=backbone.vocabulary,
+        prepend_soft=sum(d.length for d in deltas if isinstance(d, SoftPrompt)),
+        decoder_start_id=config.get("decoder_start_token_id"),
+        sentinel=sentinel if backbone.kind == "seq2seq" else None,
+    )
+    if not isinstance(verbalizer, Answers):
+        return features
+    setting = Setting(task.names, backbone.kind, backbone.width, features.answer_ids)
+    return replace(features, answer_lengths=verbalizer.answer_lengths(setting))
+
+
+def _placed(deltas: Sequence[Delta], features: Features, backbone: Backbone) -> list[Delta]:
+    """The deltas with soft prompts in their rows of virtual tokens, and one more for the template's own soft tokens."""
+    first, placed = 0, list[Delta]()
+    for delta in deltas:
+        if isinstance(delta, SoftPrompt):
+            delta, first = replace(delta, first=first, at=(backbone.input_embedding,)), first + delta.length
+        placed.append(delta)
+    if features.soft_rows:
+        placed.append(SoftPrompt(length=features.soft_rows, first=first, at=(backbone.input_embedding,)))
+    return placed
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within it the model, each module of which then goes back to its own mode, is in evaluation mode."""
+    was = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in was:
+            module.training = training
+
+
+def _example(given: str | Mapping[str, str] | Example) -> Example:
+    if isinstance(given, Example):
+        return given
+    return Example({"text": given} if isinstance(given, str) else given)
+
+
+def _unlabelled(examples: Iterable[Example]) -> list[Example]:
+    return [Example(e.fields) for e in examples]
+
+
+def _label(example: Example) -> str:
+    if example.label is None:
+        raise ConfigError("an example has no label; evaluation needs one on each")
+    return example.label

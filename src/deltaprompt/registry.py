@@ -1,0 +1,69 @@
+"""A variant is a file: the module `deltas/lora.py` is the delta `lora`. Third parties add theirs by entry points."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from pkgutil import iter_modules
+from typing import Any
+
+from deltaprompt.errors import ConfigError, nearest
+
+KINDS = ("deltas", "verbalizers")
+
+
+@lru_cache(maxsize=len(KINDS))
+def variants(kind: str) -> Mapping[str, str]:
+    """Names of the variants of a kind -> the module that holds each; entry-point group `deltaprompt.<kind>` for others'."""
+    package = import_module(f"deltaprompt.{kind}")
+    own = {m.name: f"{package.__name__}.{m.name}" for m in iter_modules(package.__path__) if not m.name.startswith("_")}
+    return {e.name: e.value for e in entry_points(group=f"deltaprompt.{kind}")} | own
+
+
+def variant(kind: str, name: str) -> type[Any]:
+    """The class of a variant: the one public dataclass that its module defines."""
+    known = variants(kind)
+    if name not in known:
+        raise ConfigError(f"no {kind.removesuffix('s')} {name!r}{nearest(name, known)}")
+    module = import_module(known[name])
+    classes = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
+    public = [c for c in classes if dataclasses.is_dataclass(c) and not c.__name__.startswith("_")]
+    if len(public) != 1:
+        raise ConfigError(f"{known[name]} must define one public dataclass, it defines {[c.__name__ for c in public]}")
+    return public[0]
+
+
+def build(kind: str, name: str, options: Mapping[str, Any]) -> Any:
+    """A variant with these options; an unknown option is an error that names the nearest known one, a bad value says why."""
+    from pydantic import TypeAdapter, ValidationError
+
+    cls = variant(kind, name)
+    known = [f.name for f in dataclasses.fields(cls)]
+    for option in options:
+        if option not in known:
+            raise ConfigError(f"{kind.removesuffix('s')} {name!r} has no option {option!r}{nearest(option, known)}")
+    try:
+        return TypeAdapter(cls).validate_python(dict(options))
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or name
+        raise ConfigError(f"{kind.removesuffix('s')} {name!r}, option {where}: got {first['input']!r}: {first['msg']}") from e
+
+
+def describe(kind: str, value: Any) -> dict[str, Any]:
+    """The stored form of a variant: its name and its options; `build` turns it back."""
+    name = type(value).__module__.rpartition(".")[2]
+    known = variants(kind)
+    if variant_name := next((n for n, module in known.items() if module == type(value).__module__), None):
+        name = variant_name
+    return {"kind": name, **dataclasses.asdict(value)}
+
+
+def from_description(kind: str, stored: Mapping[str, Any]) -> Any:
+    """The variant that `describe` gave, also from a recipe's table."""
+    if "kind" not in stored:
+        raise ConfigError(f"a {kind.removesuffix('s')} needs the key 'kind'; possible: {', '.join(variants(kind))}")
+    return build(kind, str(stored["kind"]), {k: v for k, v in stored.items() if k != "kind"})

@@ -1,0 +1,53 @@
+"""What flows through the system: an `Example` from the data, a `Batch` to the backbone, `AtMask` to the verbalizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row of data: its named text fields and, where known, its label's name."""
+
+    fields: Mapping[str, str]
+    label: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Tokenised rows with the positions where the answer is read.
+
+    A row has `v` variants, one for each number of masks that its label words need; the backbone sees b * v sequences.
+    """
+
+    inputs: Mapping[str, Tensor]  # input_ids, attention_mask [b*v, s]; decoder_input_ids [b*v, t]
+    answer_at: Tensor  # [b*v, m] positions in the states that are read; -1 where a row has fewer
+    variants: int = 1  # v
+    labels: Tensor | None = None  # [b] class indices
+    index: Tensor | None = None  # [b] rows of the data set, so that sorted batches can be put back in order
+
+    def to(self, device: str | torch.device) -> Batch:
+        """The same batch with every tensor on `device`."""
+        return Batch(
+            {name: t.to(device) for name, t in self.inputs.items()},
+            self.answer_at.to(device),
+            self.variants,
+            None if self.labels is None else self.labels.to(device),
+            None if self.index is None else self.index.to(device),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class AtMask:
+    """The backbone's states where the answer is read, and what the verbalizer may ask of the backbone there."""
+
+    hidden: Tensor  # [b, v, m, d]
+    present: Tensor  # [b, v, m] true where there is an answer position
+    logits: Callable[[Tensor, Tensor | None], Tensor] | None = None  # (hidden [..., d], rows [n] or all) -> [..., n]
+    continued: Callable[[Tensor, Tensor], Tensor] | None = None  # (ids [w, t], lengths [w]) -> log p [b, w]

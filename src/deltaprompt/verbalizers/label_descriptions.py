@@ -1,0 +1,41 @@
+"""score(c) = τ · cos(h, e_c), e_c the embedded description of class c: answers before any training (Yin et al. 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from deltaprompt.deltas._base import Param, Weights, zeros
+from deltaprompt.types import AtMask
+from deltaprompt.verbalizers._base import Setting, Started, Verbalizer, cosine, of_each, pooled
+
+
+@dataclass(frozen=True)
+class LabelDescriptions(Verbalizer, Started):
+    """A plain sentence for each class, embedded by the backbone; the embeddings then train with the deltas: c · d parameters.
+
+    Args:
+        descriptions: a sentence for each label, as one would tell a colleague what belongs there.
+        scale: τ, the inverse temperature of the softmax over cosines.
+    """
+
+    descriptions: Mapping[str, str]
+    scale: float = 20.0
+
+    def params(self, s: Setting) -> Mapping[str, Param]:
+        return {"z": Param((len(s.labels), s.width), zeros)}
+
+    def constants(self, s: Setting) -> Mapping[str, Tensor]:
+        of_each(self.descriptions, s.labels, "a description")
+        return {}
+
+    def texts(self, s: Setting) -> Sequence[str]:
+        return [self.descriptions[label] for label in s.labels]
+
+    def start(self, s: Setting, texts: Tensor, support: Tensor, classes: Tensor) -> Mapping[str, Tensor]:
+        return {"z": texts}
+
+    def scores(self, w: Weights, s: Setting, at: AtMask) -> Tensor:
+        return self.scale * cosine(w["z"], pooled(at).to(w["z"].dtype))

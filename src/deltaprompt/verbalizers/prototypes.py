@@ -1,0 +1,57 @@
+"""score(c) = τ · cos(h, z_c): spherical prototypes, which start as the class means of frozen states (Ding et al. 2021, eq. 4).
+
+With descriptions, z_c starts as mean_c / |mean_c| + β · e_c / |e_c|, e_c being the embedded description: what a label says
+counts like further examples, most where there are few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from deltaprompt.deltas._base import Param, Weights, zeros
+from deltaprompt.errors import ConfigError
+from deltaprompt.types import AtMask
+from deltaprompt.verbalizers._base import Setting, Started, Verbalizer, cosine, of_each, pooled
+
+
+@dataclass(frozen=True)
+class Prototypes(Verbalizer, Started):
+    """One learnable point on the unit sphere a class: c · d parameters.
+
+    Args:
+        scale: τ, the inverse temperature of the softmax over cosines.
+        descriptions: a sentence for each label, to start from together with the class means; none for means alone.
+        description_weight: β.
+    """
+
+    scale: float = 10.0
+    descriptions: Mapping[str, str] = field(default_factory=dict)
+    description_weight: float = 1.0
+
+    def params(self, s: Setting) -> Mapping[str, Param]:
+        return {"z": Param((len(s.labels), s.width), zeros)}
+
+    def constants(self, s: Setting) -> Mapping[str, Tensor]:
+        if self.descriptions:
+            of_each(self.descriptions, s.labels, "a description")
+        return {}
+
+    def texts(self, s: Setting) -> Sequence[str]:
+        return [self.descriptions[label] for label in s.labels] if self.descriptions else []
+
+    def start(self, s: Setting, texts: Tensor, support: Tensor, classes: Tensor) -> Mapping[str, Tensor]:
+        z = support.new_zeros(len(s.labels), s.width)
+        counts = torch.bincount(classes, minlength=len(s.labels))
+        if len(texts) == 0 and not counts.all():
+            empty = [label for label, n in zip(s.labels, counts.tolist(), strict=True) if not n]
+            raise ConfigError(f"no training example of {', '.join(map(repr, empty))} to start a prototype from; give descriptions")
+        z = normalize(z.index_add(0, classes, normalize(support, dim=-1)), dim=-1)  # [c, d]
+        return {"z": z + self.description_weight * normalize(texts, dim=-1) if len(texts) else z}
+
+    def scores(self, w: Weights, s: Setting, at: AtMask) -> Tensor:
+        return self.scale * cosine(w["z"], pooled(at).to(w["z"].dtype))
