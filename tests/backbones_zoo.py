@@ -48,6 +48,8 @@ BART = {
 GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64, **dict.fromkeys(("resid_pdrop", "embd_pdrop"), 0.0)}
 DISTILBERT = {"dim": 16, "n_layers": 2, "n_heads": 4, "hidden_dim": 24, "max_position_embeddings": 64}
 
+HALF_ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+
 FAMILIES: dict[str, Spec] = {
     "bert": ("Bert", "BertForMaskedLM", "bert", BERT),
     "roberta": ("Roberta", "RobertaForMaskedLM", "roberta", BERT),
@@ -80,7 +82,12 @@ FAMILIES: dict[str, Spec] = {
 }
 
 UNTABLED: dict[str, Spec] = {
-    "stablelm": ("StableLm", "StableLmForCausalLM", "gpt2", {**WIDTHS, "num_key_value_heads": 2}),
+    "stablelm": (
+        "StableLm",
+        "StableLmForCausalLM",
+        "gpt2",
+        {**WIDTHS, "num_key_value_heads": 2, "rope_parameters": HALF_ROPE},
+    ),
     "cohere": ("Cohere", "CohereForCausalLM", "llama", {**LLAMA, "logit_scale": 0.25}),
     "granite": ("Granite", "GraniteForCausalLM", "llama", {**LLAMA, "logits_scaling": 3.0}),
     "olmo2": ("Olmo2", "Olmo2ForCausalLM", "gpt2", {**WIDTHS, "num_key_value_heads": 2}),
@@ -123,13 +130,13 @@ def config_of(spec: Spec) -> Any:
 
 
 def model(family: str) -> Any:
-    """A fresh random model, the same numbers each time; norms and biases are random too, so that none can be left out."""
+    """A fresh random model, always the same; norms and biases are random too, so that none can be left out."""
     spec = (FAMILIES | UNTABLED)[family]
     cls = getattr(transformers, spec[1])
-    more = {"add_pooling_layer": False} if spec[1].endswith("Model") and "LMHead" not in spec[1] and spec[2] != "t5" else {}
+    options = {"add_pooling_layer": False} if family.endswith("-encoder") else {}
     with quiet(), torch.random.fork_rng():
         torch.manual_seed(0)
-        made = cls._from_config(config_of(spec), **more) if not more else cls(config_of(spec), **more)
+        made = cls(config_of(spec), **options)
         for p in made.parameters():
             p.data.add_(torch.randn_like(p), alpha=0.1)
     return made.eval()
@@ -138,5 +145,23 @@ def model(family: str) -> Any:
 def build(family: str, dtype: torch.dtype = torch.float32) -> Backbone:
     """A fresh backbone of a family; its tokenizer is shared and must not be changed."""
     kind: Kind | None = "encoder" if family.endswith("-encoder") else None
+    tokenizer = tokenizers_zoo.build((FAMILIES | UNTABLED)[family][2])
     with quiet():
-        return wrap(model(family).to(dtype), tokenizers_zoo.build((FAMILIES | UNTABLED)[family][2]), kind=kind, name=family)
+        return wrap(model(family).to(dtype), tokenizer, kind=kind, name=family)
+
+
+def inputs_of(backbone: Backbone, side: str = "right") -> dict[str, torch.Tensor]:
+    """Two rows, one of them padded, and a decoder's inputs where there is a decoder."""
+    size = backbone.vocabulary
+    ids = torch.arange(14).reshape(2, 7) * 5 % (size - 8) + 7
+    mask = torch.ones(2, 7, dtype=torch.long)
+    pads = slice(4, None) if side == "right" else slice(None, 3)
+    mask[1, pads] = 0
+    ids[1, pads] = backbone.tokenizer.pad_token_id
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if backbone.kind == "seq2seq":
+        inputs |= {
+            "decoder_input_ids": ids[:, 1:5] % 6 + 8,
+            "decoder_attention_mask": torch.ones(2, 4, dtype=torch.long),
+        }
+    return inputs

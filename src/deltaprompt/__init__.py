@@ -1,1 +1,95 @@
-"""DeltaPrompt."""
+"""Adapt any pretrained language model with prompts, label words, prototypes and deltas; keep the result in one file.
+
+Importing costs nothing: a name brings in what it needs when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from deltaprompt.backbone import Backbone, load
+    from deltaprompt.data import few_shot, read
+    from deltaprompt.deltas.adapter import Adapter
+    from deltaprompt.deltas.bitfit import BitFit
+    from deltaprompt.deltas.ia3 import IA3
+    from deltaprompt.deltas.lora import LoRA
+    from deltaprompt.deltas.prefix import Prefix
+    from deltaprompt.deltas.soft_prompt import SoftPrompt
+    from deltaprompt.errors import DeltaPromptError
+    from deltaprompt.model import Model, Task, adapt
+    from deltaprompt.model.saved import open_ as open
+    from deltaprompt.trainer import Run, Training, fit
+    from deltaprompt.types import Example
+    from deltaprompt.verbalizers.label_descriptions import LabelDescriptions
+    from deltaprompt.verbalizers.label_words import LabelWords
+    from deltaprompt.verbalizers.prototypes import Prototypes
+    from deltaprompt.verbalizers.soft import SoftVerbalizer
+
+__version__ = "0.1.0"
+__all__ = [
+    "IA3",
+    "Adapter",
+    "Backbone",
+    "BitFit",
+    "DeltaPromptError",
+    "Example",
+    "LabelDescriptions",
+    "LabelWords",
+    "LoRA",
+    "Model",
+    "Prefix",
+    "Prototypes",
+    "Run",
+    "SoftPrompt",
+    "SoftVerbalizer",
+    "Task",
+    "Training",
+    "__version__",
+    "adapt",
+    "few_shot",
+    "fit",
+    "load",
+    "open",
+    "read",
+]
+
+_WHERE = {
+    "IA3": "deltas.ia3",
+    "Adapter": "deltas.adapter",
+    "Backbone": "backbone",
+    "BitFit": "deltas.bitfit",
+    "DeltaPromptError": "errors",
+    "Example": "types",
+    "LabelDescriptions": "verbalizers.label_descriptions",
+    "LabelWords": "verbalizers.label_words",
+    "LoRA": "deltas.lora",
+    "Model": "model",
+    "Prefix": "deltas.prefix",
+    "Prototypes": "verbalizers.prototypes",
+    "Run": "trainer",
+    "SoftPrompt": "deltas.soft_prompt",
+    "SoftVerbalizer": "verbalizers.soft",
+    "Task": "model",
+    "Training": "trainer",
+    "adapt": "model",
+    "few_shot": "data",
+    "fit": "trainer",
+    "load": "backbone",
+    "open": "model.saved",
+    "read": "data",
+}
+
+
+def __getattr__(name: str) -> object:
+    """A public name, found when it is first asked for and then kept."""
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found: object = vars(import_module(f"{__name__}.{_WHERE[name]}"))["open_" if name == "open" else name]
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -50,7 +50,9 @@ def build(kind: str, name: str, options: Mapping[str, Any]) -> Any:
     except ValidationError as e:
         first = e.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or name
-        raise ConfigError(f"{kind.removesuffix('s')} {name!r}, option {where}: got {first['input']!r}: {first['msg']}") from e
+        raise ConfigError(
+            f"{kind.removesuffix('s')} {name!r}, option {where}: got {first['input']!r}: {first['msg']}"
+        ) from e
 
 
 def describe(kind: str, value: Any) -> dict[str, Any]:

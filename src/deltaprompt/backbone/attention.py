@@ -10,13 +10,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from deltaprompt.errors import SiteError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PREFIX = "deltaprompt_"
 KEY = "_deltaprompt_key_value_hooks"
@@ -34,9 +37,11 @@ def hooks_at(module: nn.Module) -> list[KeyValueHook]:
     return hooks
 
 
-def forget(module: nn.Module) -> None:
-    """Leaves nothing behind at a module whose hooks are all gone."""
-    if not vars(module).get(KEY, True):
+def take_away(module: nn.Module, hook: KeyValueHook) -> None:
+    """Removes one hook of an attention module, and leaves nothing behind after the last."""
+    hooks = hooks_at(module)
+    hooks.remove(hook)
+    if not hooks:
         del vars(module)[KEY]
 
 
@@ -45,16 +50,30 @@ def supported(module: nn.Module) -> bool:
     return "ALL_ATTENTION_FUNCTIONS" in vars(sys.modules[type(module).__module__])
 
 
-def install(model: nn.Module, current: str) -> str:
-    """Puts our function in front of the model's `current` attention; returns the name to give back to `uninstall`."""
-    register(current)
-    model.set_attn_implementation(PREFIX + current)  # type: ignore[operator]
-    return current
+def base_of(model: PreTrainedModel) -> str:
+    """The name of the attention that the model runs, ours aside; an error where ours cannot stand in front of it."""
+    base = str(model.config._attn_implementation).removeprefix(PREFIX)
+    if base not in ("eager", "sdpa"):
+        raise SiteError(
+            f"prefixes need the attention implementation 'sdpa' or 'eager'; this backbone runs {base!r}. "
+            "Load it with dp.load(..., attention='sdpa')"
+        )
+    return base
 
 
-def uninstall(model: nn.Module, original: str) -> None:
+def install(model: PreTrainedModel) -> str | None:
+    """Puts our function in front of the model's attention; returns what to give to `uninstall`, None if it was there."""
+    base = base_of(model)
+    if model.config._attn_implementation != base:
+        return None
+    register(base)
+    model.set_attn_implementation(PREFIX + base)
+    return base
+
+
+def uninstall(model: PreTrainedModel, base: str) -> None:
     """Gives the model back the attention it had."""
-    model.set_attn_implementation(original)  # type: ignore[operator]
+    model.set_attn_implementation(base)
 
 
 def register(base: str) -> None:
@@ -62,11 +81,6 @@ def register(base: str) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-    if base not in ("eager", "sdpa"):
-        raise SiteError(
-            f"prefixes need the attention implementation 'sdpa' or 'eager'; this backbone runs {base!r}. "
-            "Load it with dp.load(..., attention='sdpa')"
-        )
     AttentionInterface.register(PREFIX + base, partial(attend, base))
     AttentionMaskInterface.register(PREFIX + base, ALL_MASK_ATTENTION_FUNCTIONS[base])
 
@@ -78,7 +92,7 @@ def attend(base: str, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: 
         k, v = hook(k, v)
     added = k.shape[-2] - columns
     if added:
-        mask = _widened(mask, module, q, columns, added, kw)
+        mask = _widened(_written_out(base, mask, module, q, columns, kw), added)
         if kw.get("position_bias") is not None:
             kw["position_bias"] = functional.pad(kw["position_bias"], (added, 0))
     return _function(base, module)(module, q, k, v, mask, **kw)
@@ -89,19 +103,23 @@ def _function(base: str, module: nn.Module) -> Callable[..., Any]:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     if base == "eager":
-        return vars(sys.modules[type(module).__module__])["eager_attention_forward"]  # type: ignore[no-any-return]
-    return ALL_ATTENTION_FUNCTIONS[base]  # type: ignore[no-any-return]
+        return vars(sys.modules[type(module).__module__])["eager_attention_forward"]
+    return ALL_ATTENTION_FUNCTIONS[base]
 
 
-def _widened(mask: Tensor | None, module: nn.Module, q: Tensor, columns: int, added: int, kw: dict[str, Any]) -> Tensor | None:
-    """The mask with `added` open columns in front; a causal mask that was left to the kernel is written out."""
-    if mask is not None:
-        return functional.pad(mask, (added, 0), value=True if mask.dtype is torch.bool else 0.0)
+def _written_out(
+    base: str, mask: Tensor | None, module: nn.Module, q: Tensor, columns: int, kw: dict[str, Any]
+) -> Tensor | None:
+    """The mask, also where a causal one [rows, columns] was left to the kernel to make up."""
     asked = kw.get("is_causal")
     causal = vars(module).get("is_causal", True) if asked is None else asked
     kw["is_causal"] = False
     rows = q.shape[-2]
-    if not causal or rows == 1:
-        return None
-    seen = torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril(columns - rows)
-    return functional.pad(seen, (added, 0), value=True)[None, None]
+    if mask is not None or base == "eager" or not causal or rows == 1:
+        return mask
+    return torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril(columns - rows)[None, None]
+
+
+def _widened(mask: Tensor | None, added: int) -> Tensor | None:
+    """The mask with `added` open columns in front."""
+    return None if mask is None else functional.pad(mask, (added, 0), value=float(mask.dtype is torch.bool))

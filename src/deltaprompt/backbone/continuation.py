@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,8 @@ from deltaprompt.backbone.heads import Head
 from deltaprompt.backbone.load import Backbone
 from deltaprompt.errors import BackboneError
 
-AT_ONCE = 1 << 24  # scores [rows, tokens, vocabulary] formed at once: 64 MB in float32
+SCORES = 1 << 26  # scores [rows, words, tokens, vocabulary] formed at once: 256 MB in float32
+TOKENS = 1 << 15  # tokens whose keys and values lie side by side at once: 2.4 GB for GPT-2 in float32
 
 
 @dataclass(frozen=True)
@@ -26,24 +28,19 @@ class Prompted:
     backbone: Backbone
     states: Tensor
     inputs: Mapping[str, Tensor]
-    cache: Any
+    cache: Any  # None where the prompt must be run again with each answer
     encoded: Tensor | None
     repeated: Callable[[int], AbstractContextManager[None]]  # tells the patches that rows are repeated
 
     def log_likelihood(self, last: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
         """Σ_i log p(id_i | prompt, id_<i) [b, w] for answers ids [w, t] of the given lengths [w]; `last` [b, d] reads id_0."""
-        head, rows, (words, longest) = self._head, last.shape[0], ids.shape
-        first = log_softmax(head.logits(last, None).float(), dim=-1)[:, ids[:, 0]]  # [b, w]
-        if longest == 1:
-            return first
-        even = self.encoded is None or bool(self.inputs["decoder_attention_mask"].all())
-        states = (self._continue if even else self._decode_again)(ids[:, :-1], rows)  # [b * w, t - 1, d]
-        targets = ids[:, 1:].repeat(rows, 1)  # [b * w, t - 1]
-        step = max(1, AT_ONCE // (head.out.out_features * (longest - 1)))
-        pieces = [_chosen(head, states[i : i + step], targets[i : i + step]) for i in range(0, len(states), step)]
-        each = torch.cat(pieces).unflatten(0, (rows, words))  # [b, w, t - 1]
-        inside = torch.arange(1, longest, device=ids.device) < lengths[:, None]  # [w, t - 1]
-        return first + each.masked_fill(~inside, 0.0).sum(-1)
+        scores = log_softmax(self._head.logits(last[:, None]).float(), dim=-1)[:, 0, ids[:, 0]]  # [b, w]
+        rows, later, longer = len(last), ids.shape[1] - 1, (lengths > 1).nonzero()[:, 0]
+        scores_a_word = rows * max(later, 1) * self._head.out.out_features
+        tokens_a_word = rows * (self.states.shape[1] + later)
+        for some in longer.split(max(1, min(SCORES // scores_a_word, TOKENS // tokens_a_word))):
+            scores = scores.index_add(1, some, self._later(ids[some], lengths[some], rows))
+        return scores
 
     @property
     def _head(self) -> Head:
@@ -51,57 +48,103 @@ class Prompted:
             raise BackboneError("a plain encoder has no head to score answers with")
         return self.backbone.head
 
+    def _later(self, ids: Tensor, lengths: Tensor, rows: int) -> Tensor:
+        """The terms i > 0 of the sum: ids [w, t] -> [b, w]."""
+        words, longest = ids.shape
+        with self.repeated(words):
+            states = (self._again if self.cache is None else self._continue)(ids[:, :-1], rows)  # [b * w, t - 1, d]
+        states = states.unflatten(0, (rows, words)).flatten(
+            1, 2
+        )  # [b, w * (t - 1), d]: the head's rows are the prompts
+        every = log_softmax(self._head.logits(states).float(), dim=-1).unflatten(1, (words, longest - 1))
+        each = every.gather(-1, ids[:, 1:, None].expand(rows, -1, -1, -1))[..., 0]  # [b, w, t - 1]
+        inside = torch.arange(1, longest, device=ids.device) < lengths[:, None]  # [w, t - 1]
+        return each.masked_fill(~inside, 0.0).sum(-1)
+
     def _continue(self, ids: Tensor, rows: int) -> Tensor:
         """The states of every answer's tokens after every prompt: ids [w, t] -> [b * w, t, d]."""
         words, tokens = ids.shape
-        self.cache.batch_repeat_interleave(words)
-        key = "decoder_attention_mask" if self.encoded is not None else "attention_mask"
-        seen = self.inputs[key].repeat_interleave(words, 0)
-        mask = torch.cat([seen, seen.new_ones(rows * words, tokens)], dim=1)
-        with self.repeated(words):
-            if self.encoded is None:
-                place = seen.sum(1, keepdim=True) + torch.arange(tokens, device=ids.device)
-                return self.backbone.base(  # type: ignore[no-any-return]
-                    input_ids=ids.repeat(rows, 1), attention_mask=mask, position_ids=place, past_key_values=self.cache
-                ).last_hidden_state
-            inputs = {
-                "decoder_input_ids": ids.repeat(rows, 1),
-                "decoder_attention_mask": mask,
-                "attention_mask": self.inputs["attention_mask"].repeat_interleave(words, 0),
-            }
-            encoded = self.encoded.repeat_interleave(words, 0)
-            return self.backbone.decoded(encoded, inputs, past_key_values=self.cache).last_hidden_state  # type: ignore[no-any-return]
-
-    def _decode_again(self, ids: Tensor, rows: int) -> Tensor:
-        """As `_continue` where decoder prompts differ in length (BART): its learned positions count padding, so answers
-        are put behind each prompt's last token and the decoder, not the encoder, runs again."""
-        words, tokens = ids.shape
-        seen = self.inputs["decoder_attention_mask"].repeat_interleave(words, 0)  # [b * w, s]
-        place = seen.sum(1, keepdim=True) + torch.arange(tokens, device=ids.device)  # [b * w, t]
-        prompt = functional.pad(self.inputs["decoder_input_ids"].repeat_interleave(words, 0), (0, tokens))
+        seen = self._repeated("attention_mask", words)
         inputs = {
-            "decoder_input_ids": prompt.scatter(1, place, ids.repeat(rows, 1)),
-            "decoder_attention_mask": functional.pad(seen, (0, tokens)).scatter(1, place, 1),
+            "input_ids": ids.repeat(rows, 1),
+            "attention_mask": torch.cat([seen, seen.new_ones(rows * words, tokens)], dim=1),
+            "position_ids": seen.sum(1, keepdim=True) + torch.arange(tokens, device=ids.device),
+        }
+        return self._run(inputs, words, past_key_values=_repeated_cache(self.cache, words))
+
+    def _again(self, ids: Tensor, rows: int) -> Tensor:
+        """As `_continue` without keys and values: answers are put behind each prompt's last token, and all is run again."""
+        words, tokens = ids.shape
+        seen = self._repeated("attention_mask", words)  # [b * w, s]
+        columns = torch.arange(1, seen.shape[1] + 1, device=ids.device)
+        place = (seen * columns).amax(1, keepdim=True) + torch.arange(tokens, device=ids.device)  # [b * w, t]
+        mask = functional.pad(seen, (0, tokens)).scatter(1, place, 1)
+        prompt = functional.pad(self._repeated("input_ids", words), (0, tokens))
+        inputs = {
+            "input_ids": prompt.scatter(1, place, ids.repeat(rows, 1)),
+            "attention_mask": mask,
+            "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+        }
+        states = self._run(inputs, words, use_cache=False)  # [b * w, s + t, d]
+        return states.gather(1, place[..., None].expand(-1, -1, states.shape[-1]))
+
+    def _repeated(self, name: str, words: int) -> Tensor:
+        """An input of the module that reads prompts (the decoder, where there are two), each row `words` times."""
+        return self.inputs[name if self.encoded is None else f"decoder_{name}"].repeat_interleave(words, 0)
+
+    def _run(self, inputs: Mapping[str, Tensor], words: int, **cache: Any) -> Tensor:
+        """The states of a causal model, or of a decoder on the repeated states of its encoder."""
+        if self.encoded is None:
+            return self.backbone.base(**inputs, **cache).last_hidden_state
+        decoder = {
+            "decoder_input_ids": inputs["input_ids"],
+            "decoder_attention_mask": inputs["attention_mask"],
             "attention_mask": self.inputs["attention_mask"].repeat_interleave(words, 0),
         }
-        with self.repeated(words):
-            encoded = self.encoded.repeat_interleave(words, 0)  # type: ignore[union-attr]
-            states = self.backbone.decoded(encoded, inputs).last_hidden_state  # [b * w, s + t, d]
-        return states.gather(1, place[..., None].expand(-1, -1, states.shape[-1]))  # type: ignore[no-any-return]
+        encoded = self.encoded.repeat_interleave(words, 0)
+        return self.backbone.decoded(encoded, decoder, **cache).last_hidden_state
 
 
 def prompted(
     backbone: Backbone, inputs: Mapping[str, Tensor], repeated: Callable[[int], AbstractContextManager[None]]
 ) -> Prompted:
-    """Runs prompts once and keeps what their continuations need."""
+    """Runs prompts once and keeps what their continuations need.
+
+    Keys and values are of no use where decoder prompts differ in length (BART counts padding as positions), nor where
+    the model keeps none: under gradient checkpointing, and in layers that are not attention.
+    """
     if backbone.kind == "seq2seq":
         encoded = backbone.encoded(inputs)
         out = backbone.decoded(encoded, inputs, use_cache=True)
+        even = bool(inputs["decoder_attention_mask"].all())
     else:
-        encoded, out = None, backbone.base(**inputs, use_cache=True)
-    return Prompted(backbone, out.last_hidden_state, inputs, out.past_key_values, encoded, repeated)
+        encoded, even, out = None, True, backbone.base(**inputs, use_cache=True)
+    cache = out.past_key_values if even and _is_whole(out.past_key_values, out.last_hidden_state.shape[1]) else None
+    return Prompted(backbone, out.last_hidden_state, inputs, cache, encoded, repeated)
 
 
-def _chosen(head: Head, states: Tensor, targets: Tensor) -> Tensor:
-    """log p of the target at each state: [n, t, d], [n, t] -> [n, t]."""
-    return log_softmax(head.logits(states, None).float(), dim=-1).gather(-1, targets[..., None])[..., 0]
+def _is_whole(cache: Any, length: int) -> bool:
+    """Whether a cache holds `length` tokens, in attention layers only."""
+    from transformers import Cache, EncoderDecoderCache
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    if not isinstance(own, Cache) or any(
+        type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in own.layers
+    ):
+        return False
+    return own.get_seq_length() == length
+
+
+def _repeated_cache(cache: Any, times: int) -> Any:
+    """A cache with every row `times` times; the given one stays as it is."""
+    from transformers import EncoderDecoderCache
+
+    made = copy(cache)
+    if isinstance(cache, EncoderDecoderCache):
+        made.self_attention_cache = _repeated_cache(cache.self_attention_cache, times)
+        made.cross_attention_cache = _repeated_cache(cache.cross_attention_cache, times)
+        return made
+    made.layers = [copy(layer) for layer in cache.layers]
+    made.batch_repeat_interleave(times)
+    return made

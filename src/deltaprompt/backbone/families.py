@@ -37,7 +37,7 @@ _BERT = _BERT_EMBED | _under("encoder.layer.*", "layers.*", _BERT_LAYER)
 _DEBERTA_LAYER = {
     path.replace("query", "query_proj").replace("key", "key_proj").replace("value", "value_proj"): site
     for path, site in _BERT_LAYER.items()
-}
+} | {"attention.self.pos_query_proj": "attn.pos_q", "attention.self.pos_key_proj": "attn.pos_k"}
 _MPNET_LAYER: Table = {
     "attention.attn": "attn",
     "attention.attn.q": "attn.q",
@@ -155,20 +155,19 @@ def _t5_attention(path: str, module: str, site: str) -> Table:
     return maps | {f"{path}.{module}": site, f"{path}.layer_norm": f"{site}.norm"}
 
 
-def _t5_ffn(path: str, gated: bool) -> Table:
+def _t5_ffn(path: str) -> Table:
     dense = f"{path}.DenseReluDense"
-    up = {f"{dense}.wi_0": "ffn.gate", f"{dense}.wi_1": "ffn.up"} if gated else {f"{dense}.wi": "ffn.up"}
+    up = {f"{dense}.wi": "ffn.up", f"{dense}.wi_0": "ffn.gate", f"{dense}.wi_1": "ffn.up"}  # the first, or the others
     return up | {f"{dense}.wo": "ffn.down", f"{path}.layer_norm": "ffn.norm"}
 
 
-def _t5(gated: bool) -> Table:
-    encoder = _t5_attention("layer.0", "SelfAttention", "attn") | _t5_ffn("layer.1", gated)
+def _t5() -> Table:
+    attention = _t5_attention("layer.0", "SelfAttention", "attn")
     cross = _t5_attention("layer.1", "EncDecAttention", "cross")
-    decoder = _t5_attention("layer.0", "SelfAttention", "attn") | cross | _t5_ffn("layer.2", gated)
     ends = {f"{side}.embed_tokens": f"{side}.embed" for side in ("encoder", "decoder")}
     ends |= {f"{side}.final_layer_norm": f"{side}.norm" for side in ("encoder", "decoder")}
-    layers = _under("encoder.block.*", "encoder.layers.*", encoder) | _under("decoder.block.*", "decoder.layers.*", decoder)
-    return ends | layers
+    encoder = _under("encoder.block.*", "encoder.layers.*", attention | _t5_ffn("layer.1"))
+    return ends | encoder | _under("decoder.block.*", "decoder.layers.*", attention | cross | _t5_ffn("layer.2"))
 
 
 def _bart() -> Table:
@@ -204,8 +203,7 @@ TABLES: dict[str, Table] = {
     "gemma3_text": _llama(_LLAMA_LAYER | _QK_NORMS | _FOUR_NORMS),
     "phi": {"embed_tokens": "embed", "final_layernorm": "norm"} | _under("layers.*", "layers.*", _PHI_LAYER),
     "phi3": _llama(_PHI3_LAYER),
-    "t5": _t5(gated=False),
-    "t5-gated": _t5(gated=True),
+    "t5": _t5(),
     "bart": _bart(),
 }
 
@@ -216,6 +214,8 @@ SHAPED_LIKE: dict[str, str] = {
     "mistral": "llama",
     "qwen2": "llama",
     "gemma": "llama",
+    "mt5": "t5",
+    "umt5": "t5",
 }
 
 # What linear maps are called where no table is known, by the last part of their path.

@@ -25,6 +25,8 @@ CHAINS: dict[str, tuple[str, ...]] = {
     "modernbert": ("head", "decoder"),
 }
 
+BIAS = "final_logits_bias"
+
 
 @dataclass(frozen=True)
 class Head:
@@ -36,7 +38,7 @@ class Head:
     before: float = 1.0  # factor on the states (T5)
     scale: float = 1.0  # factor on the scores (Cohere, Granite)
     softcap: float | None = None  # c * tanh(scores / c) (Gemma 2)
-    bias: Tensor | None = None  # added to the scores (BART)
+    biased: nn.Module | None = None  # the model, where its buffer BIAS is added to the scores (BART)
 
     def logits(self, states: Tensor, rows: Tensor | None = None) -> Tensor:
         """Scores of the vocabulary `rows` [n] (all where None) at states [..., d] -> [..., n]."""
@@ -44,17 +46,17 @@ class Head:
         for module in self.chain[:-1]:
             x = module(x)
         scores = self._last(x, rows) * self.scale if self.scale != 1.0 else self._last(x, rows)
-        if self.bias is not None:
-            bias = self.bias.reshape(-1)
+        if self.biased is not None:
+            bias = self.biased.get_buffer(BIAS).reshape(-1)
             scores = scores + (bias if rows is None else bias[rows])
         return scores if self.softcap is None else torch.tanh(scores / self.softcap) * self.softcap
 
     def _last(self, x: Tensor, rows: Tensor | None) -> Tensor:
         """The last module on x; a delta at the output embedding needs all rows, otherwise only `rows` are formed."""
         if rows is None:
-            return self.chain[-1](x)  # type: ignore[no-any-return]
+            return self.chain[-1](x)
         if self.out._forward_hooks or self.out._forward_pre_hooks:
-            return self.chain[-1](x)[..., rows]  # type: ignore[no-any-return]
+            return self.chain[-1](x)[..., rows]
         weight = self.out.weight[rows]
         bias = None if self.out.bias is None else self.out.bias[rows]
         if not self.out_path:
@@ -62,18 +64,19 @@ class Head:
         narrowed = {f"{self.out_path}.weight": weight}
         if bias is not None:
             narrowed[f"{self.out_path}.bias"] = bias
-        return functional_call(self.chain[-1], narrowed, (x,), tie_weights=False)  # type: ignore[no-any-return]
+        return functional_call(self.chain[-1], narrowed, (x,), tie_weights=False)
 
 
 def find_head(model: nn.Module, base: nn.Module, out: nn.Module, config: Mapping[str, Any]) -> Head:
     """The head of a language model whose states come from `base` and whose output embedding is `out`."""
     if not isinstance(out, nn.Linear):
-        raise BackboneError(f"the output embedding of {type(model).__name__} is a {type(out).__name__}, not a linear map")
+        raise BackboneError(
+            f"the output embedding of {type(model).__name__} is a {type(out).__name__}, not a linear map"
+        )
     chain = _chain(model, base, out, str(config.get("model_type", "")))
     path = next((name for name, module in chain[-1].named_modules() if module is out), None)
     if path is None:
         raise BackboneError(f"{type(model).__name__}: its output embedding is not in its head")
-    buffers = dict(model.named_buffers())
     tied_t5 = config.get("scale_decoder_outputs")
     return Head(
         chain,
@@ -82,7 +85,7 @@ def find_head(model: nn.Module, base: nn.Module, out: nn.Module, config: Mapping
         before=float(config["d_model"]) ** -0.5 if tied_t5 else 1.0,
         scale=float(config.get("logit_scale") or 1.0) / float(config.get("logits_scaling") or 1.0),
         softcap=config.get("final_logit_softcapping"),
-        bias=buffers.get("final_logits_bias"),
+        biased=model if BIAS in dict(model.named_buffers(recurse=False)) else None,
     )
 
 
@@ -93,5 +96,7 @@ def _chain(model: nn.Module, base: nn.Module, out: nn.Module, family: str) -> tu
         return tuple(children[name] for name in CHAINS[family])
     holding = [child for child in children.values() if child is not base and any(m is out for m in child.modules())]
     if len(holding) != 1:
-        raise BackboneError(f"{type(model).__name__}: no single module between its states and its scores holds the output embedding")
+        raise BackboneError(
+            f"{type(model).__name__}: no single module between its states and its scores holds the output embedding"
+        )
     return (holding[0],)

@@ -89,14 +89,15 @@ class Backbone:
 
     def states(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The last hidden states [b, s, d]; of the decoder [b, t, d] for an encoder-decoder."""
-        if self.kind != "seq2seq":
-            return self.base(**inputs).last_hidden_state  # type: ignore[no-any-return]
-        return self.decoded(self.encoded(inputs), inputs).last_hidden_state  # type: ignore[no-any-return]
+        if self.kind == "seq2seq":
+            return self.decoded(self.encoded(inputs), inputs, use_cache=False).last_hidden_state
+        options = {"use_cache": False} if self.kind == "causal" else {}  # nobody reads the keys and values
+        return self.base(**inputs, **options).last_hidden_state
 
     def encoded(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """An encoder-decoder's encoder states [b, s, d]."""
         encoder = self.model.get_encoder()
-        return encoder(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state  # type: ignore[no-any-return]
+        return encoder(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
 
     def decoded(self, encoded: Tensor, inputs: Mapping[str, Tensor], **cache: Any) -> Any:
         """An encoder-decoder's decoder on `decoder_input_ids` [b, t], given the encoder's states."""
@@ -152,7 +153,9 @@ def load(
     return backbone
 
 
-def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, kind: Kind | None = None, name: str = "") -> Backbone:
+def wrap(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, kind: Kind | None = None, name: str = ""
+) -> Backbone:
     """A backbone from a model and a tokenizer that are at hand."""
     config = config_of(model)
     kind = kind or kind_of(config | {"architectures": [type(model).__name__]})
@@ -180,7 +183,9 @@ def kind_of(config: Mapping[str, Any]) -> Kind:
     return found[0] if found else "encoder"
 
 
-def _model(source: str, kind: Kind, dtype: str | torch.dtype, attention: str | None, revision: str | None) -> PreTrainedModel:
+def _model(
+    source: str, kind: Kind, dtype: str | torch.dtype, attention: str | None, revision: str | None
+) -> PreTrainedModel:
     import transformers
 
     classes = {
@@ -189,7 +194,7 @@ def _model(source: str, kind: Kind, dtype: str | torch.dtype, attention: str | N
         "seq2seq": transformers.AutoModelForSeq2SeqLM,
         "encoder": transformers.AutoModel,
     }
-    options = {"attn_implementation": attention} if attention else {}
+    options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
     options |= {"add_pooling_layer": False} if kind == "encoder" and _has_pooler(source, revision) else {}
     if isinstance(dtype, str) and dtype not in ("auto", "float32", "bfloat16", "float16", "float64"):
         raise BackboneError(f"dtype {dtype!r} is unknown; possible: float32, bfloat16, float16, float64, auto")
@@ -206,7 +211,7 @@ def _model(source: str, kind: Kind, dtype: str | torch.dtype, attention: str | N
             "start at random. Load it with the kind it was trained as, such as kind='encoder'"
         )
     model.eval()
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 @contextmanager
@@ -229,7 +234,13 @@ def _has_pooler(source: str, revision: str | None) -> bool:
     """Whether the architecture has a pooling layer that this library never reads (and that would have no gradient)."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(source, revision=revision).model_type in ("bert", "roberta", "xlm-roberta", "mpnet", "albert")
+    return AutoConfig.from_pretrained(source, revision=revision).model_type in (
+        "bert",
+        "roberta",
+        "xlm-roberta",
+        "mpnet",
+        "albert",
+    )
 
 
 def _tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerFast:
@@ -241,7 +252,9 @@ def _tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerFast:
         raise BackboneError(f"{source} has no tokenizer that can be loaded: {e}") from e
     if not tokenizer.is_fast:
         raise BackboneError(f"{source} has only a slow tokenizer; a fast one (tokenizer.json) is needed")
-    return tokenizer  # type: ignore[no-any-return]
+    if len(tokenizer) <= len(tokenizer.added_tokens_decoder) + 1:  # made up by transformers from the config alone
+        raise BackboneError(f"{source} has no tokenizer files; save the tokenizer beside the model (save_pretrained)")
+    return tokenizer
 
 
 def _pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, kind: Kind) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ from deltaprompt.backbone.sites import Part, Site, Sites, linear_sizes
 from deltaprompt.errors import BackboneError
 
 FUSED = re.compile(r"[+/]")
+WORDS = re.compile(r"word|tokens|tok_emb|wte|embed_in")  # what word embeddings, and no others, are called
+CROSS = re.compile(r"cross|enc_?dec|encoder_att", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,15 +136,13 @@ def guess(modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """Common names by structure: the stacks of layers, in them linear maps by what they are called and how large they are."""
     named: dict[str, str] = {}
     stacks = _stacks(modules)
-    for stack, prefix in stacks.items():
+    for stack, side in stacks.items():
         for number, _ in modules[stack].named_children():
-            layer = f"{stack}.{number}"
-            inside = {p.removeprefix(layer + "."): m for p, m in modules.items() if p.startswith(layer + ".")}
-            named |= {f"{layer}.{p}": f"{prefix}layers.{number}.{s}" for p, s in _guess_layer(inside).items()}
-    for path, module in modules.items():
-        if isinstance(module, nn.Embedding) and re.search(r"(word|tok|wte|embed_in|embed_tokens)", path.split(".")[-1]):
-            named.setdefault(path, _side(path, stacks) + "embed")
-    return named
+            layer = f"{stack}.{number}."
+            inside = {p.removeprefix(layer): m for p, m in modules.items() if p.startswith(layer)}
+            named |= {f"{layer}{p}": f"{side}layers.{number}.{s}" for p, s in _guess_layer(inside).items()}
+    outside = {p: m for p, m in modules.items() if not any(p.startswith(f"{stack}.") for stack in stacks)}
+    return named | _guess_ends(outside, stacks)
 
 
 def _stacks(modules: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -158,23 +158,46 @@ def _stacks(modules: Mapping[str, nn.Module]) -> dict[str, str]:
     return {p: ("decoder." if "decoder" in p else "encoder.") for p in outermost}
 
 
-def _side(path: str, stacks: Mapping[str, str]) -> str:
-    return next((prefix for prefix in stacks.values() if prefix and path.startswith(prefix)), "")
+def _guess_ends(outside: Mapping[str, nn.Module], stacks: Mapping[str, str]) -> dict[str, str]:
+    """Names of what lies before and behind the layers: the word embedding, its norm, the last norm."""
+    named: dict[str, str] = {}
+    for path, module in outside.items():
+        side = next((side for side in stacks.values() if side and path.startswith(side)), "")
+        leaf = path.split(".")[-1]
+        if isinstance(module, nn.Embedding) and WORDS.search(leaf) and side in stacks.values():
+            named[path] = f"{side}embed"
+        elif _is_norm(module) and len(outside) > 1:
+            named[path] = f"{side}embed.norm" if "emb" in path.lower() else f"{side}norm"
+    return named
 
 
 def _guess_layer(inside: Mapping[str, nn.Module]) -> dict[str, str]:
     """Names within one layer: attention, cross-attention, feed-forward, norms."""
     named: dict[str, str] = {}
+    norms: list[str] = []
     for path, module in inside.items():
-        block = "cross" if re.search(r"(cross|enc_?dec|encoder_att)", path, re.I) else "attn" if "att" in path.lower() else "ffn"
-        sizes = linear_sizes(module)
-        role = _role(path.split(".")[-1].lower(), sizes, block) if sizes else None
-        if role and f"{block}.{role}" not in named.values():
+        block, leaf, sizes = _block(path), path.split(".")[-1].lower(), linear_sizes(module)
+        if sizes and (role := _role(leaf, sizes, block)) and f"{block}.{role}" not in named.values():
             named[path] = f"{block}.{role}"
-        elif not sizes and _is_norm(module):
-            free = f"{block}.norm" if f"{block}.norm" not in named.values() else f"{block}.post_norm"
-            named[path] = free
-    return named | _attention_modules(named)
+        elif _is_norm(module) and leaf in ("q_norm", "k_norm"):
+            named[path] = f"{block}.{leaf}"
+        elif _is_norm(module):
+            norms.append(path)
+    return named | _attention_modules(named) | _norms(norms, "cross.q" in named.values())
+
+
+def _block(path: str) -> str:
+    """Which part of a layer a module belongs to, by its path."""
+    if CROSS.search(path):
+        return "cross"
+    return "attn" if "att" in path.lower() else "ffn"
+
+
+def _norms(paths: Sequence[str], crossed: bool) -> dict[str, str]:
+    """A layer's norms in their order: one a block, or one before and one behind each block."""
+    blocks = ["attn", "cross", "ffn"] if crossed else ["attn", "ffn"]
+    each = ("norm", "post_norm") if len(paths) == 2 * len(blocks) else ("norm",)
+    return dict(zip(paths, (f"{block}.{norm}" for block in blocks for norm in each), strict=False))
 
 
 def _attention_modules(named: Mapping[str, str]) -> dict[str, str]:
@@ -191,7 +214,8 @@ def _is_norm(module: nn.Module) -> bool:
 def _role(leaf: str, sizes: tuple[int, int], block: str) -> str | None:
     """What a linear map does, by its name and, for the feed-forward maps, by which side is larger."""
     if block != "ffn":
-        return next((r for r in ("q", "k", "v", "qkv", "o") if leaf in CALLED[r]), "qkv" if sizes[1] == 3 * sizes[0] else None)
+        fused = "qkv" if sizes[1] == 3 * sizes[0] else None
+        return next((role for role in ("q", "k", "v", "qkv", "o") if leaf in CALLED[role]), fused)
     grows = sizes[1] > sizes[0]
     order = ("gate", "up") if grows else ("down",)
-    return next((r for r in order if leaf in CALLED[r]), "up" if grows else "down")
+    return next((role for role in order if leaf in CALLED[role]), "up" if grows else "down")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from torch import Tensor, nn
 
@@ -46,7 +46,13 @@ class Site:
 
     def among(self, selectors: Iterable[str]) -> bool:
         """Whether one of the selectors, layer ranges aside, speaks of this site."""
-        return any(s == self.path or _compiled(s)[0].fullmatch(self.name) for s in selectors)
+        return any(self.spoken_of(selector) is not None for selector in selectors)
+
+    def spoken_of(self, selector: str) -> re.Match[str] | None:
+        """The match of a selector, layer ranges aside, with this site's name or path."""
+        if selector.startswith("re:"):
+            return _expression(selector).search(self.name)
+        return re.fullmatch(re.escape(selector), self.path) or _compiled(selector)[0].fullmatch(self.name)
 
 
 def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
@@ -59,6 +65,11 @@ def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def is_turned(module: nn.Module) -> bool:
+    """Whether a linear map keeps its weight as [in, out] (GPT-2's Conv1D)."""
+    return "nx" in vars(module)
+
+
 def _piece(text: str) -> str:
     """One piece of a selector as a regular expression: `*` is anything, `[…]` a captured layer number."""
     if text == "*":
@@ -69,12 +80,26 @@ def _piece(text: str) -> str:
 
 
 @lru_cache(maxsize=1024)
+def _expression(selector: str) -> re.Pattern[str]:
+    """The regular expression of a selector `re:…`."""
+    try:
+        return re.compile(selector.removeprefix("re:"))
+    except re.error as e:
+        raise SiteError(f"selector {selector!r} is not a regular expression: {e}") from e
+
+
+@lru_cache(maxsize=1024)
 def _compiled(selector: str) -> tuple[re.Pattern[str], tuple[slice | int, ...]]:
     """The pattern of a selector and the ranges that its captured numbers must lie in."""
     ranges: list[slice | int] = []
     for text in re.findall(r"\[([^\]]*)\]", selector):
         numbers = text.split(":")
-        if not all(re.fullmatch(r"-?\d*", n) for n in numbers) or len(numbers) > 3 or text in ("", "-"):
+        if (
+            not all(re.fullmatch(r"-?\d*", n) for n in numbers)
+            or len(numbers) > 3
+            or text in ("", "-")
+            or numbers[2:] == ["0"]
+        ):
             raise SiteError(f"selector {selector!r}: [{text}] is no index or range; write [3], [8:], [:4] or [-2:]")
         ranges.append(int(text) if len(numbers) == 1 else slice(*(int(n) if n else None for n in numbers)))
     pieces = re.findall(r"\[[^\]]*\]|\*|[^*\[]+", selector)
@@ -89,7 +114,7 @@ def _within(number: int, wanted: slice | int, count: int) -> bool:
 
 @dataclass(frozen=True)
 class Sites(Mapping[str, Site]):
-    """All sites of a backbone by name, in the order in which the model runs through them."""
+    """All sites of a backbone by name, in the order of the model's modules."""
 
     by_name: Mapping[str, Site]
 
@@ -113,6 +138,7 @@ class Sites(Mapping[str, Site]):
         short = (re.sub(r"^(?:.*\.)?layers\.\d+\.", "", name) for name in self.by_name)
         return tuple(dict.fromkeys(short))
 
+    @cached_property
     def layer_counts(self) -> dict[str, int]:
         """The number of layers of each stack, by its prefix (`""`, `"encoder."`, `"decoder."`)."""
         counts: dict[str, int] = {}
@@ -133,26 +159,19 @@ class Sites(Mapping[str, Site]):
 
     def matching(self, selector: str) -> list[str]:
         """The names that one selector matches: a common name or its end, `*`, `layers[8:]`, `re:…`, or a module path."""
-        if selector.startswith("re:"):
-            try:
-                pattern = re.compile(selector[3:])
-            except re.error as e:
-                raise SiteError(f"selector {selector!r} is not a regular expression: {e}") from e
-            return [name for name in self.by_name if pattern.search(name)]
-        raw = [name for name, site in self.by_name.items() if site.path == selector]
-        if raw:
-            return raw
-        pattern, ranges = _compiled(selector)
-        counts = self.layer_counts()
-        found = []
-        for name in self.by_name:
-            match = pattern.fullmatch(name)
-            if match and all(
-                _within(int(match[i + 1]), wanted, counts.get(name[: match.start(i + 1)].removesuffix("layers."), 0))
-                for i, wanted in enumerate(ranges)
-            ):
-                found.append(name)
-        return found
+        return [name for name, site in self.by_name.items() if self._matches(selector, site)]
+
+    def _matches(self, selector: str, site: Site) -> bool:
+        """Whether a selector, layer ranges included, speaks of a site."""
+        match = site.spoken_of(selector)
+        if match is None or match.string != site.name or selector.startswith("re:"):
+            return match is not None
+        counts = self.layer_counts
+        for group, wanted in enumerate(_compiled(selector)[1], start=1):
+            stack = site.name[: match.start(group)].removesuffix("layers.")
+            if not _within(int(match[group]), wanted, counts.get(stack, 0)):
+                return False
+        return True
 
     def _no_match(self, selector: str) -> str:
         return (

@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -113,11 +114,11 @@ def ones(t: Tensor, _: torch.Generator) -> None:
 
 def normal(std: float) -> Init:
     """Independent normal numbers of mean 0."""
+    return partial(_normal, std)  # a partial, and no inner function, so that it pickles
 
-    def init(t: Tensor, g: torch.Generator) -> None:
-        t.normal_(0.0, std, generator=g)
 
-    return init
+def _normal(std: float, t: Tensor, g: torch.Generator) -> None:
+    t.normal_(0.0, std, generator=g)
 
 
 def kaiming(t: Tensor, g: torch.Generator) -> None:

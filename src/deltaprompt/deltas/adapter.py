@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -13,7 +13,12 @@ from deltaprompt.backbone.sites import Site
 from deltaprompt.deltas._base import After, Delta, Param, Taxonomy, Weights, kaiming, zeros
 from deltaprompt.errors import ConfigError
 
-SIGMA = {"gelu": functional.gelu, "relu": functional.relu, "silu": functional.silu, "tanh": functional.tanh}
+SIGMA: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": functional.gelu,
+    "relu": functional.relu,
+    "silu": functional.silu,
+    "tanh": functional.tanh,
+}
 PLACES = {"houlsby": ("attn.o", "ffn.down"), "pfeiffer": ("ffn.down",)}
 
 

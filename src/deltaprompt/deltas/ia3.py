@@ -10,6 +10,7 @@ from torch import Tensor
 
 from deltaprompt.backbone.sites import Site
 from deltaprompt.deltas._base import After, Before, Delta, Mergeable, Param, Taxonomy, Weights, ones
+from deltaprompt.errors import SiteError
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,10 @@ class IA3(Delta, After, Before, Mergeable):
 
     def params(self, site: Site) -> Mapping[str, Param]:
         if site.among(self.at_input):
+            if site.part is not None:
+                raise SiteError(
+                    f"ia3: what enters {site.name} also enters the other parts of {site.path}; rescale its output"
+                )
             return {"l_in": Param((1, site.inputs), ones)}
         return {"l": Param((1, site.outputs), ones)}
 

@@ -33,7 +33,9 @@ class LoRA(Delta, After, Mergeable):
 
     def __post_init__(self) -> None:
         if self.rank < 1 or not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"lora: got rank={self.rank}, dropout={self.dropout}; rank >= 1 and 0 <= dropout < 1 are possible")
+            raise ConfigError(
+                f"lora: got rank={self.rank}, dropout={self.dropout}; rank >= 1 and 0 <= dropout < 1 are possible"
+            )
 
     def selectors(self) -> Sequence[str]:
         return self.at

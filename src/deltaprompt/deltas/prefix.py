@@ -36,7 +36,9 @@ class Prefix(Delta, KeyValue):
 
     def __post_init__(self) -> None:
         if self.length < 1 or self.init_std < 0:
-            raise ConfigError(f"prefix: got length={self.length}, init_std={self.init_std}; length >= 1, init_std >= 0 are possible")
+            raise ConfigError(
+                f"prefix: got length={self.length}, init_std={self.init_std}; length >= 1, init_std >= 0 are possible"
+            )
 
     def selectors(self) -> Sequence[str]:
         return self.at

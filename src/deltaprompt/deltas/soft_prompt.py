@@ -26,19 +26,21 @@ class SoftPrompt(Delta, After, Before):
         length: virtual tokens; the features put as many in front of every text.
         init_std: of the normal numbers they start from; 0.02 is what transformers' models start their embeddings from.
         first: the row of the first one among all virtual tokens of the task; set by the task, not by hand.
-        at: selector of the embedding (of the encoder, where there are two).
+        at: selector of the embedding; the encoder's where there are two.
     """
 
     length: int = 20
     init_std: float = 0.02
     first: int = 0
-    at: tuple[str, ...] = ("embed",)
+    at: tuple[str, ...] = (r"re:^(encoder\.)?embed$",)
     taxonomy: ClassVar[Taxonomy] = "addition"
     acts_on: ClassVar[tuple[str, ...]] = ("embed",)
 
     def __post_init__(self) -> None:
         if self.length < 1 or self.init_std < 0:
-            raise ConfigError(f"soft_prompt: got length={self.length}, init_std={self.init_std}; length >= 1, init_std >= 0 are possible")
+            raise ConfigError(
+                f"soft_prompt: got length={self.length}, init_std={self.init_std}; length >= 1, init_std >= 0 are possible"
+            )
 
     def selectors(self) -> Sequence[str]:
         return self.at

@@ -249,9 +249,10 @@ class Features:
 
     @cached_property
     def _around(self) -> int:
-        """The number of tokens that are not text, in the longest variant; with what a causal answer will add."""
+        """The number of tokens that are not text, in the longest variant; with what an answer adds behind the text."""
         fixed = sum(len(part.ids) for part in self._layout.parts if isinstance(part, Fixed))
-        later = max(self.answer_lengths) - 1 if self.kind == "causal" else 0
+        follows = self.kind == "causal" or (self.kind == "seq2seq" and self.sentinel is None)
+        later = max(self.answer_lengths) - 1 if follows else 0
         return fixed + later + self._layout.masks * max(self._masks_each)
 
     def _encode(self, examples: Sequence[Example]) -> list[Encoded]:

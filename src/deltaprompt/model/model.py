@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ class Model(nn.Module):
     def at_mask(self, batch: Batch, adaptation: Index = None) -> AtMask:
         """The states where the answer is read, and the head that scores words there."""
         b, v = batch.answer_at.shape[0] // batch.variants, batch.variants
-        self.adapted.routing.index = adaptation
+        self.adapted.route(adaptation)
         with self.adapted.repeated(v):
             prompt = None
             if self.backbone.kind in ("causal", "seq2seq") and max(self.features.answer_lengths) > 1:
@@ -107,13 +108,13 @@ class Model(nn.Module):
         verbalizer, setting = self.verbalizer, self.scorer.setting
         if not isinstance(verbalizer, Started):
             return
+        classes = torch.tensor(
+            [self.features.label_index(_label(e)) for e in examples], dtype=torch.long, device=self.device
+        )
         support = self.embed(self.features, examples, slot, batch_size)
-        classes = torch.tensor([setting.labels.index(e.label) for e in examples if e.label is not None], device=support.device)
-        if len(classes) != len(examples):
-            raise ConfigError("a start from examples needs a label on every one")
         described = [Example(dict.fromkeys(self._plain.template.fields, text)) for text in verbalizer.texts(setting)]
         texts = self.embed(self._plain, described, slot, batch_size)
-        for name, tensor in verbalizer.start(setting, texts, support, classes.long()).items():
+        for name, tensor in verbalizer.start(setting, texts, support, classes).items():
             self.scorer.tensors[name][slot].copy_(tensor)
 
     @property
@@ -137,6 +138,8 @@ class Model(nn.Module):
         self, examples: Sequence[str | Mapping[str, str] | Example], batch_size: int = 32, slot: int = 0
     ) -> list[dict[str, Any]]:
         """`{"label", "score", "scores"}` for each text: the likeliest label, its probability, and every label's."""
+        if isinstance(examples, str | Mapping | Example):
+            raise ConfigError("predict takes a list, and got one text; write predict([text])")
         names = self.task.names
         found = []
         for p in self.probabilities([_example(e) for e in examples], batch_size, slot).tolist():
@@ -148,6 +151,10 @@ class Model(nn.Module):
     @torch.inference_mode()
     def probabilities(self, examples: Sequence[Example], batch_size: int = 32, slot: int = 0) -> Tensor:
         """Class probabilities [n, c] on the CPU, in the order of the examples."""
+        if isinstance(self.verbalizer, Started) and not any(t[slot].any() for t in self.scorer.tensors.values()):
+            raise ConfigError(
+                "the prototypes have no start yet; give model.start(examples) labelled examples, or fit the model"
+            )
         out = torch.zeros(len(examples), len(self.task.names))
         with evaluating(self):
             for batch in self.features.batches(self.features.encode(_unlabelled(examples)), batch_size):
@@ -177,6 +184,18 @@ class Model(nn.Module):
         """Trainable numbers of one adaptation."""
         return sum(tensor[0].numel() for _, tensor in self.parts())
 
+    def save(
+        self,
+        folder: str | Path,
+        slot: int = 0,
+        training: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+    ) -> int:
+        """Keeps one adaptation in a folder, with a record of its training; the bytes written. See `saved.save`."""
+        from deltaprompt.model.saved import save
+
+        return save(self, folder, slot, training, metrics)
+
     def _begin_soft_words(self) -> None:
         """Soft tokens that begin from words take these words' embeddings."""
         parts = dict(self.parts())
@@ -186,13 +205,21 @@ class Model(nn.Module):
                 ids = torch.tensor(self.features.word_ids(block.words), device=self.device)
                 name = f"delta.{len(self.adapted.deltas) - 1}.{self.backbone.input_embedding}.p"
                 with torch.no_grad():
-                    parts[name][:, row : row + block.size] = self.backbone.model.get_input_embeddings()(ids).to(parts[name].dtype)
+                    parts[name][:, row : row + block.size] = self.backbone.model.get_input_embeddings()(ids).to(
+                        parts[name].dtype
+                    )
             row += block.size
 
 
 def adapt(backbone: Backbone, task: Task, deltas: Sequence[Delta] = (), seed: int = 0) -> Model:
-    """A model for a task: the frozen backbone, its deltas in the order in which they act, and the task's verbalizer."""
-    return Model(backbone, task, deltas, [seed])
+    """A model for a task: the frozen backbone, its deltas in the order in which they act, and the task's verbalizer.
+
+    Where labels are described by sentences it answers at once, from these alone.
+    """
+    model = Model(backbone, task, deltas, [seed])
+    if isinstance(model.verbalizer, Started) and model.verbalizer.texts(model.scorer.setting):
+        model.start([])
+    return model
 
 
 def _features(backbone: Backbone, task: Task, verbalizer: Verbalizer, deltas: Sequence[Delta]) -> Features:
@@ -217,6 +244,11 @@ def _features(backbone: Backbone, task: Task, verbalizer: Verbalizer, deltas: Se
     )
     if not isinstance(verbalizer, Answers):
         return features
+    if features.template.masks > 1:
+        raise ConfigError(
+            f"label words answer at one {{mask}}, and the template has {features.template.masks}; leave one, or use "
+            "soft or prototypes, which read the mean of the states at all of them"
+        )
     setting = Setting(task.names, backbone.kind, backbone.width, features.answer_ids)
     return replace(features, answer_lengths=verbalizer.answer_lengths(setting))
 
@@ -257,5 +289,5 @@ def _unlabelled(examples: Iterable[Example]) -> list[Example]:
 
 def _label(example: Example) -> str:
     if example.label is None:
-        raise ConfigError("an example has no label; evaluation needs one on each")
+        raise ConfigError(f"an example has no label, {dict(example.fields)}; every one needs one here")
     return example.label

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -67,8 +68,9 @@ class Started(ABC):
 
 
 def pooled(at: AtMask) -> Tensor:
-    """The mean of a row's states over its answer positions: [b, v, m, d] -> [b, d]."""
-    hidden, present = at.hidden[:, 0], at.present[:, 0, :, None].to(at.hidden.dtype)
+    """The mean of a row's states over its answer positions, in float32 or better: [b, v, m, d] -> [b, d]."""
+    hidden = at.hidden[:, 0].to(torch.promote_types(at.hidden.dtype, torch.float32))
+    present = at.present[:, 0, :, None]
     return (hidden * present).sum(1) / present.sum(1)
 
 
@@ -78,10 +80,11 @@ def cosine(z: Tensor, h: Tensor) -> Tensor:
 
 
 def of_each(given: Mapping[str, object], labels: Sequence[str], what: str) -> None:
-    """Checks that every class, and nothing else, has an entry."""
+    """Checks that every class, and nothing else, has an entry that is not empty."""
     for label in labels:
-        if label not in given:
-            raise ConfigError(f"label {label!r} has no {what}; there are some for: {', '.join(map(repr, given))}")
+        if not given.get(label):
+            full = ", ".join(repr(other) for other in given if given[other]) or "none"
+            raise ConfigError(f"label {label!r} has no {what}; labels that have some: {full}")
     for label in given:
         if label not in labels:
             raise ConfigError(f"there is no label {label!r} to have {what}{nearest(label, labels)}")

@@ -28,7 +28,7 @@ class LabelDescriptions(Verbalizer, Started):
         return {"z": Param((len(s.labels), s.width), zeros)}
 
     def constants(self, s: Setting) -> Mapping[str, Tensor]:
-        of_each(self.descriptions, s.labels, "a description")
+        of_each(self.descriptions, s.labels, "description")
         return {}
 
     def texts(self, s: Setting) -> Sequence[str]:

@@ -6,7 +6,7 @@ as the likelihood of the sequence in a causal model or an encoder-decoder, the p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,12 +38,13 @@ class LabelWords(Verbalizer, Answers):
     def _ids(self, s: Setting) -> list[tuple[int, list[int]]]:
         """(class, token ids) of every word."""
         if s.kind == "encoder":
-            raise ConfigError("label words need a language model; for a plain encoder use label_descriptions or prototypes")
+            raise ConfigError(
+                "label words need a language model; for a plain encoder use label_descriptions or prototypes"
+            )
         of_each(self.words, s.labels, "words")
-        for label in s.labels:
-            if not self._of(label):
-                raise ConfigError(f"label {label!r} has an empty list of words; give it one word or more")
-        return [(c, s.answer_ids(word)) for c, label in enumerate(s.labels) for word in self._of(label)]
+        words = [(c, s.answer_ids(word)) for c, label in enumerate(s.labels) for word in self._of(label)]
+        _apart(s.labels, words)
+        return words
 
     def answer_lengths(self, s: Setting) -> tuple[int, ...]:
         return tuple(sorted({len(ids) for _, ids in self._ids(s)}))
@@ -73,10 +74,22 @@ class LabelWords(Verbalizer, Answers):
         if at.logits is None:
             raise ConfigError("label words need a language model's head, and this backbone has none")
         if w["ids"].shape[1] == 1:
-            return at.logits(at.hidden[:, 0, 0], w["ids"][:, 0])
+            return at.logits(at.hidden[:, 0], w["ids"][:, 0])[:, 0]  # [b, 1, w] -> [b, w]
         if at.continued is not None:
             return at.continued(w["ids"], w["lengths"])
         return _at_masks(at.logits, at.hidden, w["ids"], w["lengths"])
+
+
+def _apart(labels: Sequence[str], words: Sequence[tuple[int, list[int]]]) -> None:
+    """Checks that no two classes have the same words, which would always have the same score."""
+    seen: dict[frozenset[tuple[int, ...]], str] = {}
+    for c, label in enumerate(labels):
+        own = frozenset(tuple(ids) for other, ids in words if other == c)
+        if own in seen:
+            raise ConfigError(
+                f"labels {seen[own]!r} and {label!r} have the same words to this vocabulary; choose others for one"
+            )
+        seen[own] = label
 
 
 def _at_masks(logits: LogitsOf, hidden: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""score(c) = τ · cos(h, z_c): spherical prototypes, which start as the class means of frozen states (Ding et al. 2021, eq. 4).
+"""score(c) = τ · cos(h, z_c): spherical prototypes, at the start class means of frozen states (Ding et al. 2021, eq. 4).
 
-With descriptions, z_c starts as mean_c / |mean_c| + β · e_c / |e_c|, e_c being the embedded description: what a label says
-counts like further examples, most where there are few.
+With descriptions, z_c starts as mean_c / |mean_c| + β · e_c / |e_c|, e_c being the embedded description: what a label
+says counts like further examples, most where there are few.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Prototypes(Verbalizer, Started):
 
     def constants(self, s: Setting) -> Mapping[str, Tensor]:
         if self.descriptions:
-            of_each(self.descriptions, s.labels, "a description")
+            of_each(self.descriptions, s.labels, "description")
         return {}
 
     def texts(self, s: Setting) -> Sequence[str]:
@@ -49,7 +49,9 @@ class Prototypes(Verbalizer, Started):
         counts = torch.bincount(classes, minlength=len(s.labels))
         if len(texts) == 0 and not counts.all():
             empty = [label for label, n in zip(s.labels, counts.tolist(), strict=True) if not n]
-            raise ConfigError(f"no training example of {', '.join(map(repr, empty))} to start a prototype from; give descriptions")
+            raise ConfigError(
+                f"no training example of {', '.join(map(repr, empty))} to start a prototype from; give descriptions"
+            )
         z = normalize(z.index_add(0, classes, normalize(support, dim=-1)), dim=-1)  # [c, d]
         return {"z": z + self.description_weight * normalize(texts, dim=-1) if len(texts) else z}
 

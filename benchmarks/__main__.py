@@ -1,0 +1,37 @@
+"""`make bench`: every benchmark, one table of ratios, `benchmarks/results.json`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import prompt_classification
+from benchmarks.paired import Pair
+
+
+def table(pairs: list[Pair]) -> Table:
+    """Ratios with their range; above 1 we are faster."""
+    made = Table("benchmark", "ours ms", "peer ms", "peer / ours", "range", title="Side by side, paired in one process")
+    for p in pairs:
+        made.add_row(p.name, f"{p.ours:.1f}", f"{p.peer:.1f}", f"{p.ratio:.2f}×", f"{p.low:.2f} to {p.high:.2f}")
+    return made
+
+
+def main() -> None:
+    """Runs, prints, writes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a few rounds, the small model only")
+    quick = parser.parse_args().quick
+    rounds = {"base": 2, "mini": 5} if quick else {"base": 9, "mini": 41}
+    pairs = prompt_classification.run(rounds)
+    Console().print(table(pairs))
+    out = Path(__file__).parent / "results.json"
+    out.write_text(json.dumps({p.name: p.as_json() for p in pairs}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

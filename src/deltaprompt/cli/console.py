@@ -1,0 +1,86 @@
+"""What every command shares at the terminal: results go to standard output, all else to standard error."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ParamSpec
+
+import typer
+
+from deltaprompt.errors import DeltaPromptError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+P = ParamSpec("P")
+WRONG_USE, PIPE_CLOSED, INTERRUPTED = 2, 1, 130  # exit codes; 130 is what a shell gives a command stopped by Ctrl-C
+PIPED_WIDTH = 120  # columns where there is no terminal to ask
+
+
+def guarded(command: Callable[P, None]) -> Callable[P, None]:
+    """A command whose user's errors are one line on standard error; `debug=True` among its options shows the traceback."""
+
+    @wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except DeltaPromptError as error:
+            if kwargs.get("debug"):
+                raise
+            note(str(error), "bold red")
+            raise typer.Exit(WRONG_USE) from error
+        except KeyboardInterrupt as error:
+            note("stopped by Ctrl-C")
+            raise typer.Exit(INTERRUPTED) from error
+        except BrokenPipeError as error:  # the reader, such as `head`, has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(PIPE_CLOSED) from error
+
+    return run
+
+
+def note(text: str, style: str = "dim") -> None:
+    """A line to standard error, as it is: no markup, no wrapping."""
+    from rich.console import Console
+
+    Console(stderr=True, highlight=False, soft_wrap=True).print(text, style=style, markup=False, emoji=False)
+
+
+def output() -> Console:
+    """Standard output, for tables and trees."""
+    from rich.console import Console
+
+    return Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> Table:
+    """A table whose first column is text and whose others are numbers."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    for number, column in enumerate(columns):
+        made.add_column(column, justify="right" if number else "left")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """One object on one line."""
+    print(json.dumps(value, ensure_ascii=False), flush=True)
+
+
+def plus_minus(told: Mapping[str, float], seeds: int) -> str:
+    """A mean and, of several seeds, its standard deviation."""
+    return f"{told['mean']:.3f}" + (f" ± {told['std']:.3f}" if seeds > 1 else "")
+
+
+def size(count: int) -> str:
+    """Bytes as a person reads them."""
+    return f"{count:,} B" if count < 1000 else f"{count / 1000:,.0f} kB" if count < 1_000_000 else f"{count / 1e6:,.1f} MB"

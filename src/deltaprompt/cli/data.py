@@ -1,0 +1,57 @@
+"""The rows that a recipe names, and which of them each seed trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from deltaprompt.cli.console import note
+from deltaprompt.cli.recipe import DataTable, Recipe
+from deltaprompt.data import few_shot, read, split
+from deltaprompt.data.formats import HUB
+from deltaprompt.errors import ConfigError
+from deltaprompt.types import Example
+
+SPLITS = {"train": "train", "dev": "validation", "test": "test"}  # the usual names of a hub dataset's splits
+DEV_SHARE = 0.1  # of all rows, where there are neither shots nor a dev file
+Sets = tuple[Sequence[Example], Sequence[Example] | None]
+
+
+def rows(source: str, asked: DataTable, fields: Iterable[str], role: str) -> list[Example]:
+    """The labelled rows of a file, or of a dataset on the hub: `hf:name`, `hf:name@split`."""
+    name, at, named = source.partition("@") if source.startswith(HUB) else (source, "", "")
+    wanted = (named if at else SPLITS[role]) if source.startswith(HUB) else None
+    text = asked.text or asked.fields.get("text") or ("text" if "text" in fields else None)
+    own = {key: column for key, column in asked.fields.items() if key != "text"}
+    dropped: list[str] = []
+    on_empty = dropped.append if asked.drop_empty else None
+    found = read(name, text=text, label=asked.label, fields=own, split=wanted, on_empty=on_empty)
+    if dropped:
+        note(f"{source}: left out {len(dropped)} of {len(found) + len(dropped)} rows, the first: {dropped[0]}")
+    return found
+
+
+class Deal:
+    """The training and dev examples of each seed."""
+
+    def __init__(self, recipe: Recipe, train: Sequence[Example], dev: Sequence[Example] | None) -> None:
+        self.recipe = recipe
+        self.train = train
+        self.dev = dev
+
+    def __call__(self, seed: int) -> Sets:
+        """Shots from the training rows, with as many to choose by; without shots all rows, a tenth of them held out."""
+        held = self.dev is None and self.recipe.data.hold_out
+        if self.recipe.shots is not None:
+            train, dev = few_shot(self.train, self.recipe.shots, seed, dev=held)
+        elif held:
+            train, dev = split(self.train, DEV_SHARE, seed)
+        else:
+            train, dev = list(self.train), []
+        return train, (dev if held else self.dev) or None
+
+
+def training_file(recipe: Recipe) -> str:
+    """The file to train on, which alone has no default."""
+    if recipe.data.train is None:
+        raise ConfigError("there is no training data: give --data FILE, or a recipe with train = \"FILE\" in [data]")
+    return recipe.data.train

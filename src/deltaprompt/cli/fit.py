@@ -1,0 +1,160 @@
+"""`deltaprompt fit`: adapt a backbone to a task from a recipe, from options, or from both."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from deltaprompt.cli import console, options
+from deltaprompt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from deltaprompt.cli.recipe import Recipe
+    from deltaprompt.model import Task
+    from deltaprompt.trainer import SeedsResult
+
+
+def fit(
+    context: typer.Context,
+    recipe: options.RecipeFile = None,
+    data: options.Train = None,
+    test: options.Test = None,
+    dev: options.Dev = None,
+    text: options.Text = None,
+    label: options.Label = None,
+    field: options.Fields = None,
+    shots: options.Shots = None,
+    no_dev: options.NoDev = False,
+    drop_empty: options.DropEmpty = False,
+    template: options.Template = None,
+    describe: options.Describe = None,
+    verbalizer: options.VerbalizerOption = None,
+    max_length: options.MaxLength = None,
+    backbone: options.BackboneName = None,
+    delta: options.Deltas = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    seeds: options.Seeds = None,
+    epochs: options.Epochs = None,
+    steps: options.Steps = None,
+    batch_size: options.BatchSize = None,
+    learning_rate: options.LearningRate = None,
+    precision: options.Precision = None,
+    out: options.Out = None,
+    resume: options.Resume = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Adapt a backbone to a task, from a recipe, from options, or both (options win)."""
+    from deltaprompt.cli.recipe import build, overlaid, read_toml
+
+    chosen = build(overlaid({} if recipe is None else read_toml(recipe), _tables(context.params)))
+    if resume and chosen.out is None:
+        raise ConfigError("--resume needs --out, the folder of the run that was broken off")
+    try:
+        result = _run(chosen, resume)
+    except KeyboardInterrupt as error:
+        if chosen.out is not None:
+            again = [word for word in sys.argv[1:] if word != "--resume"]
+            console.note(f"stopped by Ctrl-C; go on with: {shlex.join(['deltaprompt', *again, '--resume'])}")
+            raise typer.Exit(console.INTERRUPTED) from error
+        raise
+    if as_json:
+        console.print_json(result.as_json() | {"test": result.test or None})
+    else:
+        _show(result)
+
+
+def _tables(given: dict[str, Any]) -> dict[str, Any]:
+    """The options of the command line in the form of a recipe's tables."""
+    from deltaprompt.cli.recipe import labels_of, pairs, variant_of
+
+    deltas, verbalizer = given["delta"], given["verbalizer"]
+    none = deltas == ["none"]
+    training = ("epochs", "steps", "batch_size", "learning_rate", "precision")
+    return {
+        "backbone": {"name": given["backbone"], "device": given["device"], "dtype": given["dtype"]},
+        "task": {
+            "template": given["template"],
+            "labels": labels_of(given["describe"]) if given["describe"] else None,
+            "verbalizer": variant_of("verbalizers", verbalizer) if verbalizer else None,
+            "max_length": given["max_length"],
+        },
+        "data": {
+            "train": given["data"],
+            **{name: given[name] for name in ("test", "dev", "text", "label")},
+            "fields": pairs(given["field"], "--field") if given["field"] else None,
+            "drop_empty": given["drop_empty"] or None,
+            "hold_out": False if given["no_dev"] else None,
+        },
+        "training": {name: given[name] for name in training},
+        "deltas": [] if none else [variant_of("deltas", text) for text in deltas] if deltas else None,
+        **{name: given[name] for name in ("seeds", "shots", "out")},
+    }
+
+
+def _run(recipe: Recipe, resume: bool) -> SeedsResult:
+    """Loads, trains and measures."""
+    from deltaprompt.backbone import load
+    from deltaprompt.cli.data import Deal, rows, training_file
+    from deltaprompt.cli.task import TEMPLATES, deltas_for, task_for
+    from deltaprompt.data import labels_of
+    from deltaprompt.model import adapt
+    from deltaprompt.templates import parse
+    from deltaprompt.trainer import fit_seeds
+
+    source = training_file(recipe)
+    fields = parse(recipe.task.template or TEMPLATES["encoder"]).fields
+    train = rows(source, recipe.data, fields, "train")
+    dev = None if recipe.data.dev is None else rows(recipe.data.dev, recipe.data, fields, "dev")
+    test = None if recipe.data.test is None else rows(recipe.data.test, recipe.data, fields, "test")
+    b = recipe.backbone
+    backbone = load(b.name, kind=b.kind, device=b.device, dtype=b.dtype, attention=b.attention, revision=b.revision)
+    deltas = deltas_for(backbone) if recipe.deltas is None else recipe.deltas
+    task = task_for(recipe.task, backbone, labels_of(train))
+    _told(recipe, task, [type(delta).__name__ for delta in deltas], backbone.kind)
+    return fit_seeds(
+        lambda seed: adapt(backbone, task, deltas, seed),
+        Deal(recipe, train, dev),
+        test,
+        seeds=recipe.seeds,
+        training=recipe.training,
+        out=recipe.out,
+        resume=resume,
+    )
+
+
+def _told(recipe: Recipe, task: Task, deltas: list[str], kind: str) -> None:
+    """What is about to be done, and which of it was not asked for but chosen."""
+    template = f"template {task.template!r}" + ("" if recipe.task.template else f" (the default for the kind {kind})")
+    names = (" + ".join(deltas) or "no delta") + (" on every linear map (the default)" if recipe.deltas is None else "")
+    console.note(f"{recipe.backbone.name}: {template}, {names}, {type(task.verbalizer).__name__}, {len(task.names)} labels")
+    if recipe.task.labels is None:
+        console.note("labels stand for themselves; a sentence or a word for each (--describe label=…) mostly does better")
+
+
+def _show(result: SeedsResult) -> None:
+    metrics = {"accuracy": "accuracy", "macro_f1": "macro F1"}
+    columns = ["seed", "dev accuracy", *(f"test {shown}" for shown in metrics.values()), "steps", "seconds"]
+    body = [
+        [
+            str(seed),
+            f"{run.best['accuracy']:.3f}" if run.best else "–",
+            *(f"{result.test[m]['each'][i]:.3f}" if result.test else "–" for m in metrics),
+            str(run.steps),
+            f"{run.seconds:.1f}",
+        ]
+        for i, (seed, run) in enumerate(zip(result.seeds, result.runs, strict=True))
+    ]
+    if len(body) > 1 and result.test:
+        means = [console.plus_minus(result.test[m], len(body)) for m in metrics]
+        body.append(["mean ± std", "", *means, "", f"{result.seconds:.1f}"])
+    screen = console.output()
+    screen.print(console.table(columns, body))
+    kept = f"{console.size(result.best.bytes)} in {result.out}" if result.out is not None else "not saved (--out DIR saves it)"
+    screen.print(f"{result.best.trainable:,} trained parameters, {kept}", markup=False, soft_wrap=True)
+    if result.out is not None:
+        screen.print(f"use it: deltaprompt predict {shlex.quote(str(result.out))} FILE", markup=False, soft_wrap=True)

@@ -1,0 +1,128 @@
+"""`deltaprompt predict` and `deltaprompt evaluate`: a saved adaptation at work."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from deltaprompt.cli import console, options
+from deltaprompt.errors import ConfigError, DataError, nearest
+
+if TYPE_CHECKING:
+    from deltaprompt.model import Model
+    from deltaprompt.types import Example
+
+STDIN = "-"
+BATCHES_AT_ONCE = 8  # sorted by length together; more would make a slow pipe wait longer for its first answer
+Source = Annotated[
+    str, typer.Argument(help="Texts to label, in any format that fit reads or .txt; - for standard input.", metavar="[FILE|-]")
+]
+
+
+def predict(
+    folder: options.Folder,
+    source: Source = STDIN,
+    text: options.Text = None,
+    field: options.Fields = None,
+    backbone: options.OtherBackbone = None,
+    device: options.Device = None,
+    batch_size: options.EachBatch = 32,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Label texts: one line each, the label and its probability.
+
+    Standard input is one text a line, or JSON lines. With --json each line is an object: label, score, and the scores of all
+    labels.
+    """
+    from deltaprompt.cli.recipe import pairs
+    from deltaprompt.data import read_texts
+
+    if source != STDIN and not Path(source).expanduser().exists():
+        raise DataError(_no_file(source, folder))
+    model = opened(folder, backbone, device)
+    examples = read_texts(source, text, pairs(field or [], "--field"))
+    at_once = 1 if source == STDIN and sys.stdin.isatty() else batch_size * BATCHES_AT_ONCE
+    for some in _chunks(examples, at_once):
+        for found in model.predict(some, batch_size):
+            print(json.dumps(found, ensure_ascii=False) if as_json else f"{found['label']}\t{found['score']:.4f}")
+        sys.stdout.flush()
+
+
+def evaluate(
+    folder: options.Folder,
+    file: Annotated[str, typer.Argument(help="Labelled rows, as fit reads them.", metavar="FILE")],
+    text: options.Text = None,
+    label: options.Label = None,
+    field: options.Fields = None,
+    drop_empty: options.DropEmpty = False,
+    backbone: options.OtherBackbone = None,
+    device: options.Device = None,
+    batch_size: options.EachBatch = 32,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Measure a saved adaptation on labelled rows: accuracy and macro F1."""
+    from deltaprompt.cli.data import rows
+    from deltaprompt.cli.recipe import DataTable, pairs
+
+    model = opened(folder, backbone, device)
+    asked = DataTable(text=text, label=label or "label", fields=pairs(field or [], "--field"), drop_empty=drop_empty)
+    examples = rows(file, asked, model.features.template.fields, "test")
+    told = {**model.evaluate(examples, batch_size), "examples": len(examples)}
+    if as_json:
+        console.print_json(told)
+        return
+    shown = [["accuracy", f"{told['accuracy']:.4f}"], ["macro F1", f"{told['macro_f1']:.4f}"], ["examples", f"{len(examples):,}"]]
+    console.output().print(console.table(["", str(folder)], shown))
+
+
+def opened(folder: Path, backbone: str | None, device: str | None) -> Model:
+    """The adaptation in a folder; of a folder of several seeds, the one that was best on dev."""
+    from deltaprompt.backbone import load
+    from deltaprompt.model.saved import describe, open_
+
+    folder = settled(folder)
+    if backbone is None:
+        return open_(folder, device=device)
+    stored = describe(folder)["backbone"]
+    return open_(folder, load(backbone, kind=stored["kind"], dtype=stored["dtype"], device=device))
+
+
+def settled(folder: Path) -> Path:
+    """The folder itself, or the best seed's within it."""
+    from deltaprompt.store import holds_adaptation
+
+    several = folder / "seeds.json"
+    if holds_adaptation(folder) or not several.is_file():
+        return folder
+    try:
+        best = folder / f"seed-{json.loads(several.read_text())['best_seed']}"
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{several} is damaged; name one of the folders beside it, such as {folder / 'seed-0'}") from error
+    console.note(f"{folder} holds several seeds; this is {best.name}, the best on dev")
+    return best
+
+
+def _no_file(source: str, folder: Path) -> str:
+    """What a second argument that is no file might have meant."""
+    beside = Path(source).expanduser().parent if len(source) < 256 else Path()
+    files = sorted(p.name for p in beside.iterdir() if p.is_file()) if beside.is_dir() else []
+    hint = nearest(source, files)
+    near = hint if hint.startswith("; did you mean") else ""
+    return (
+        f"there is no file {source!r:.80}{near}; to label one text, pipe it in: "
+        f'echo "A fine thing." | deltaprompt predict {folder} -'
+    )
+
+
+def _chunks(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
+    stream = iter(examples)
+    while some := list(islice(stream, size)):
+        yield some

@@ -1,0 +1,212 @@
+"""A recipe: one TOML file and the command's options, in one form, checked once and read into frozen dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, get_origin, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from deltaprompt import registry
+from deltaprompt.backbone import Kind
+from deltaprompt.deltas._base import Delta
+from deltaprompt.errors import ConfigError, nearest
+from deltaprompt.trainer import Training
+
+Words = str | tuple[str, ...]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class BackboneTable:
+    """`[backbone]`: what `load` is given."""
+
+    name: str = "demo"
+    kind: Kind | None = None
+    device: str | None = None
+    dtype: str = "float32"
+    attention: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class TaskTable:
+    """`[task]`: what is not given is chosen for the backbone and the data."""
+
+    template: str | None = None
+    labels: Mapping[str, Words] | tuple[str, ...] | None = None
+    verbalizer: Mapping[str, Any] | None = None
+    max_length: int | None = None
+
+
+@dataclass(frozen=True)
+class DataTable:
+    """`[data]`: files, and which columns are what."""
+
+    train: str | None = None
+    dev: str | None = None
+    test: str | None = None
+    text: str | None = None
+    label: str = "label"
+    fields: Mapping[str, str] = field(default_factory=dict)
+    drop_empty: bool = False
+    hold_out: bool = True  # without a dev file, some rows are kept from training to choose by
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that `deltaprompt fit` needs."""
+
+    backbone: BackboneTable
+    task: TaskTable
+    deltas: tuple[Delta, ...] | None  # None: chosen for the backbone
+    data: DataTable
+    training: Training
+    seeds: tuple[int, ...]
+    shots: int | None
+    out: str | None
+
+
+TABLES = {"backbone": BackboneTable, "task": TaskTable, "data": DataTable, "training": Training}
+TOP = ("deltas", "seeds", "shots", "out")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A recipe's tables as they stand in the file."""
+    return _parsed(path, "recipe", toml=True)
+
+
+def build(given: Mapping[str, Any]) -> Recipe:
+    """The recipe of nested tables; an unknown key is an error that names the nearest known one and its table."""
+    _known(given, (*TABLES, *TOP), "")
+    tables: dict[str, Any] = {name: _table(cls, given.get(name, {}), f"[{name}]") for name, cls in TABLES.items()}
+    deltas = given.get("deltas")
+    shots = None if given.get("shots") is None else _value(int, given["shots"], "shots")
+    out = None if given.get("out") is None else _value(str, given["out"], "out")
+    return Recipe(
+        **tables,
+        deltas=None if deltas is None else tuple(_delta(d, n) for n, d in enumerate(_value(list[Any], deltas, "deltas"), 1)),
+        seeds=seeds_of(given.get("seeds", 0)),
+        shots=shots,
+        out=out,
+    )
+
+
+def overlaid(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`under` with what `over` gives (not None) in its place, tables key by key."""
+    made = dict(under)
+    for name, value in over.items():
+        if isinstance(value, Mapping) and name in TABLES:
+            own = made.get(name, {})
+            given = {k: v for k, v in value.items() if v is not None}
+            made[name] = {**own, **given} if isinstance(own, Mapping) else own
+        elif value is not None:
+            made[name] = value
+    return made
+
+
+def variant_of(kind: str, text: str) -> dict[str, Any]:
+    """`"lora:rank=16,at=attn.q+attn.v"` as a table: its kind, and its options, those that are lists split at `+`."""
+    name, _, rest = text.partition(":")
+    cls = registry.variant(kind, name)
+    hints = get_type_hints(cls)
+    options: dict[str, Any] = {}
+    for piece in rest.split(",") if rest else ():
+        option, equals, value = piece.partition("=")
+        if not equals or not option.strip() or not value.strip():
+            raise ConfigError(f"{text!r}: {piece!r} is no option; write {name}:option=value,option=value")
+        known = option.strip() in hints and get_origin(hints[option.strip()]) is tuple
+        options[option.strip()] = value.strip().split("+") if known else value.strip()
+    return {"kind": name, **options}
+
+
+def seeds_of(given: object) -> tuple[int, ...]:
+    """The seeds that `0-4`, `0,3,7`, a number or a list of numbers names."""
+    if isinstance(given, int) and not isinstance(given, bool):
+        return (given,)
+    if isinstance(given, list):
+        return _value(tuple[int, ...], given, "seeds")
+    found: list[int] = []
+    for piece in str(given).split(","):
+        first, dash, last = piece.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
+            raise ConfigError(f"seeds {given!r}: {piece.strip()!r} is no seed; write 0-4, or 0,3,7, or 0-2,9")
+        found += range(int(first), int(last or first) + 1)
+    return tuple(found)
+
+
+def labels_of(given: Sequence[str]) -> dict[str, Any]:
+    """What `label=words` pairs, or a file of them, say of the labels."""
+    if len(given) == 1 and given[0].endswith((".toml", ".json")):
+        return _parsed(Path(given[0]), "file of labels", toml=given[0].endswith(".toml"))
+    return {label: words.split("|") if "|" in words else words for label, words in pairs(given, "--describe").items()}
+
+
+def pairs(given: Sequence[str], option: str) -> dict[str, str]:
+    """`a=b` pairs as a mapping; each key once."""
+    found: dict[str, str] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip() or not value.strip():
+            raise ConfigError(f"{option} {text!r}: this is no pair; write {option} name=value")
+        if key.strip() in found:
+            raise ConfigError(f"{option}: {key.strip()!r} is given twice; give it once")
+        found[key.strip()] = value.strip()
+    return found
+
+
+def _parsed(path: Path, what: str, toml: bool) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = tomllib.loads(text) if toml else json.loads(text)
+    except OSError as error:
+        files = sorted(p.name for p in path.parent.glob(f"*{path.suffix}")) if path.parent.is_dir() else []
+        raise ConfigError(f"there is no {what} {str(path)!r} that can be read{nearest(path.name, files)}") from error
+    except ValueError as error:  # of either parser, or of the decoding
+        raise ConfigError(f"{path} is not {'TOML' if toml else 'JSON'}: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} holds {found!r:.60}; a {what} is a table of names and values")
+    return found
+
+
+def _known(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    for key in given:
+        if key not in known:
+            raise ConfigError(f"unknown key {key!r}{f' in {where}' if where else ' in the recipe'}{_hint(key, known)}")
+
+
+def _hint(key: str, known: Sequence[str]) -> str:
+    """The nearest name in the table, or the table that the key belongs to."""
+    near = nearest(key, known, limit=20)
+    homes = [name for name, cls in TABLES.items() if key in {f.name for f in dataclasses.fields(cls)} and name not in known]
+    return f"; it belongs in [{homes[0]}]" if homes and key not in known and "did you mean" not in near else near
+
+
+def _table(cls: type[T], given: object, where: str) -> T:
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{where} is a table of names and values; got {given!r:.60}")
+    _known(given, [f.name for f in dataclasses.fields(cls)], where)  # type: ignore[arg-type]
+    return _value(cls, given, where)
+
+
+def _delta(given: object, number: int) -> Delta:
+    if isinstance(given, str):
+        given = variant_of("deltas", given)
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"[[deltas]] {number} is a table with the key 'kind'; got {given!r:.60}")
+    made: Delta = registry.from_description("deltas", given)
+    return made
+
+
+def _value(cls: Any, given: object, where: str) -> Any:
+    try:
+        return TypeAdapter(cls).validate_python(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = " ".join([where, *(str(part) for part in first["loc"][:1])])
+        raise ConfigError(f"{place}: got {first['input']!r:.80}: {first['msg'].lower()}") from error

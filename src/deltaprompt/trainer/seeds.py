@@ -1,0 +1,111 @@
+"""`fit_seeds`: the same training from several seeds, one after another on one backbone; mean ± standard deviation."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from deltaprompt.errors import ConfigError
+from deltaprompt.model import Model
+from deltaprompt.trainer.kept import note
+from deltaprompt.trainer.loop import fit
+from deltaprompt.trainer.progress import Progress
+from deltaprompt.trainer.run import Run, rank
+from deltaprompt.trainer.training import Training
+from deltaprompt.types import Example
+
+Sets = tuple[Sequence[Example], Sequence[Example] | None]
+
+
+@dataclass(frozen=True)
+class SeedsResult:
+    """What several seeds came to."""
+
+    seeds: tuple[int, ...]
+    runs: tuple[Run, ...]
+    test: Mapping[str, Mapping[str, Any]]  # metric -> mean, std, each; empty without test data
+    best_seed: int  # the best on dev; without dev the first
+    seconds: float
+    out: Path | None  # of several seeds, `out/seed-0`, … are the adaptations
+
+    @property
+    def best(self) -> Run:
+        """The run of the best seed."""
+        return self.runs[self.seeds.index(self.best_seed)]
+
+    def as_json(self) -> dict[str, Any]:
+        """What `deltaprompt fit --json` prints."""
+        return {
+            "seeds": list(self.seeds),
+            "best_seed": self.best_seed,
+            "test": {name: dict(told) for name, told in self.test.items()},
+            "trainable": self.best.trainable,
+            "bytes": self.best.bytes,
+            "seconds": round(self.seconds, 3),
+            "out": None if self.out is None else str(self.out),
+        }
+
+
+def fit_seeds(
+    make_model: Callable[[int], Model],
+    train_of: Callable[[int], Sets],
+    test: Sequence[Example] | None = None,
+    *,
+    seeds: Sequence[int] = (0,),
+    training: Training = Training(),  # noqa: B008  frozen
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> SeedsResult:
+    """Trains a model of every seed, measures each on test, and names the one that is best on dev.
+
+    Args:
+        make_model: a new model for a seed. Each is taken off its backbone afterwards, so that all may share one.
+        train_of: the training and dev examples of a seed.
+        test: labelled examples.
+        seeds: each once.
+        out: a folder: of one seed the adaptation itself, of several `out/seed-<seed>` each.
+        resume: seeds that are finished are not trained again; the one that was broken off goes on.
+    """
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ConfigError(f"seeds = {list(seeds)}: there is one or more, and each once")
+    out = None if out is None else Path(out)
+    runs, scores = list[Run](), list[dict[str, float]]()
+    for number, seed in enumerate(seeds, 1):
+        alone = len(seeds) == 1
+        where = out if out is None or alone else out / f"seed-{seed}"
+        what = "fit" if alone else f"seed {seed} ({number} of {len(seeds)})"
+        train, dev = train_of(seed)
+        model = make_model(seed)
+        try:
+            run = fit(
+                model, train, dev, training=training, seed=seed, out=where, resume=resume, progress=progress, what=what
+            )
+            scores.append(model.evaluate(test) if test else {})
+        finally:
+            model.adapted.remove()
+        runs.append(run if where is None or not test else replace(run, bytes=note(where, "test", scores[-1])))
+    return _together(tuple(seeds), tuple(runs), scores, out)
+
+
+def _together(
+    seeds: tuple[int, ...], runs: tuple[Run, ...], scores: Sequence[Mapping[str, float]], out: Path | None
+) -> SeedsResult:
+    """The result, kept in `out` too where there are several."""
+    test = {metric: told([score[metric] for score in scores]) for metric in scores[0]}
+    best = seeds[max(range(len(seeds)), key=lambda i: rank(runs[i].best))]
+    result = SeedsResult(seeds, runs, test, best, math.fsum(run.seconds for run in runs), out)
+    if out is not None and len(seeds) > 1:
+        (out / "seeds.json").write_text(json.dumps(result.as_json(), indent=1) + "\n")
+    return result
+
+
+def told(each: Sequence[float]) -> dict[str, Any]:
+    """Mean, sample standard deviation (0 for one) and every value."""
+    std = statistics.stdev(each) if len(each) > 1 else 0.0
+    return {"mean": statistics.fmean(each), "std": std, "each": list(each)}
