@@ -1,4 +1,6 @@
-"""`Adapted`: a backbone with deltas at its sites. Attaching, slots, removal, freezing, counting and merging, once for all methods.
+"""`Adapted`: a backbone with deltas at its sites.
+
+Attaching, slots, removal, freezing, counting and merging are written here, once for all methods.
 
 Every delta becomes `Patch`es, one a site, held by PyTorch's own forward hooks on the backbone's modules; nothing of the
 backbone is replaced or renamed. After `remove` it is bitwise what it was.
@@ -6,7 +8,7 @@ backbone is replaced or renamed. After `remove` it is bitwise what it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
@@ -111,21 +113,20 @@ class Patch(Stack):
         return cast(KeyValue, self.delta).key_value(self.weights(k.shape[0]), self.site, k, v)
 
     def _mapped(self, maths: Callable[..., Tensor], *seen: Tensor | None) -> Tensor:
-        """The maths on [b, s, size], in the delta's precision (within autocast, in its own), returned as the last one seen."""
+        """The maths on [b, s, size], in the delta's precision (in autocast's within it), returned as the last seen."""
         tensors = [t for t in seen if t is not None]
         last = tensors[-1]
         weights = self.weights(self._rows(last))
-        own = None if torch.is_autocast_enabled(last.device.type) else next(iter(weights.values())).dtype
+        dtypes = () if torch.is_autocast_enabled(last.device.type) else (w.dtype for w in weights.values())
+        own = next(iter(dtypes), None)
         new = maths(weights, self.site, *(self._ready(t, own) for t in tensors))
         return new.reshape(last.shape).to(last.dtype)
 
     def _ready(self, t: Tensor, own: torch.dtype | None) -> Tensor:
-        """Token ids [b, s] or numbers [b, s, size], whichever way the model lays them out."""
+        """Token ids [b, s] as they are; numbers as [b, s, size] (OPT: [b * s, size]; Qwen 3: [b, s, heads, size])."""
         if not t.is_floating_point():
             return t
-        return t.reshape(self._rows(t), -1, t.shape[-1]).to(
-            own or t.dtype
-        )  # OPT: [b * s, size]; Qwen 3: [b, s, heads, size]
+        return t.reshape(self._rows(t), -1, t.shape[-1]).to(own or t.dtype)
 
     def _rows(self, t: Tensor) -> int:
         """The number of rows b of a tensor that passes the site."""
@@ -135,8 +136,8 @@ class Patch(Stack):
             return t.shape[0] if t.ndim > 2 else 1
         if t.shape[0] == 1 < len(index):
             raise SiteError(
-                f"{self.site.name} also maps what all rows of a batch share (DeBERTa's relative positions), so they cannot "
-                "have an adaptation each there. Name one adaptation for all, or choose other sites: attn.v, attn.o, ffn.*"
+                f"{self.site.name} also maps what all rows of a batch share (DeBERTa's relative positions), so they "
+                "cannot have an adaptation each there. Name one for all, or choose other sites: attn.v, attn.o, ffn.*"
             )
         return len(index) if flat and t.shape[0] % len(index) == 0 else t.shape[0]
 
@@ -224,7 +225,7 @@ class Adapted(nn.Module):
             yield
 
     def checkpointing(self, on: bool = True) -> None:
-        """Whether layers are computed again in the backward pass, each in the slots of its own forward pass, to save memory."""
+        """Whether the backward pass computes layers again, in the slots of their own forward pass, to save memory."""
         again = partial(checkpoint, use_reentrant=False, context_fn=self.routing.replay)
         self.model._set_gradient_checkpointing(enable=on, gradient_checkpointing_func=again)
 
@@ -289,8 +290,8 @@ def sites_of(delta: Delta, backbone: Backbone) -> list[Site]:
     for site in fitting:
         if isinstance(delta, KeyValue) and not attention.supported(backbone.model.get_submodule(site.path)):
             raise SiteError(
-                f"{name} cannot act at {site.name}: {type(backbone.model).__name__} computes attention in code of its own, "
-                "which takes no further keys and values. Other deltas work on this backbone"
+                f"{name} cannot act at {site.name}: {type(backbone.model).__name__} computes attention in code of its "
+                "own, which takes no further keys and values. Other deltas work on this backbone"
             )
     return fitting
 
@@ -307,10 +308,8 @@ def merged(patch: Patch, slot: int, model: nn.Module, new: Mapping[str, Tensor])
         raise SiteError(f"{name} has no form in weights: it is no linear change of a map. Keep it attached")
     module = model.get_submodule(site.path)
     own = {f"{site.path}.{n}": p for n, p in module.named_parameters(recurse=False)}
-    if shared := [
-        n for n, p in model.named_parameters(remove_duplicate=False) if n not in own and _any(p, own.values())
-    ]:
-        raise SiteError(f"{name} cannot be merged at {site.name}: its weight is also that of {', '.join(shared)}")
+    if elsewhere := _elsewhere(own, model):
+        raise SiteError(f"{name} cannot be merged at {site.name}: its weight is also that of {', '.join(elsewhere)}")
     weight, bias = (new.get(f"{site.path}.{n}", own.get(f"{site.path}.{n}")) for n in ("weight", "bias"))
     if weight is None or not weight.is_floating_point():
         raise SiteError(f"{name} cannot be merged at {site.name}: {site.path} has no weight in floating point")
@@ -318,15 +317,15 @@ def merged(patch: Patch, slot: int, model: nn.Module, new: Mapping[str, Tensor])
     if bias is None and b is not None:
         raise SiteError(f"{name} needs a bias at {site.name} to be merged into, and {site.path} has none")
     made = {f"{site.path}.weight": _put_back(site, module, weight, w)}
-    return (
-        made
-        if bias is None or b is None
-        else made | {f"{site.path}.bias": b if site.part is None else site.part.put(bias, b)}
-    )
+    if bias is not None and b is not None:
+        made[f"{site.path}.bias"] = b if site.part is None else site.part.put(bias, b)
+    return made
 
 
-def _any(p: Tensor, of: Iterable[Tensor]) -> bool:
-    return any(p is other for other in of)
+def _elsewhere(own: Mapping[str, Tensor], model: nn.Module) -> list[str]:
+    """The names, outside `own`, under which the model has one of these tensors too (tied weights)."""
+    ids = {id(p) for p in own.values()}
+    return [n for n, p in model.named_parameters(remove_duplicate=False) if n not in own and id(p) in ids]
 
 
 def _seen(site: Site, module: nn.Module, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

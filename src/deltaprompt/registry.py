@@ -17,7 +17,7 @@ KINDS = ("deltas", "verbalizers")
 
 @lru_cache(maxsize=len(KINDS))
 def variants(kind: str) -> Mapping[str, str]:
-    """Names of the variants of a kind -> the module that holds each; entry-point group `deltaprompt.<kind>` for others'."""
+    """Names of the variants of a kind -> the module of each; others add theirs by entry points `deltaprompt.<kind>`."""
     package = import_module(f"deltaprompt.{kind}")
     own = {m.name: f"{package.__name__}.{m.name}" for m in iter_modules(package.__path__) if not m.name.startswith("_")}
     return {e.name: e.value for e in entry_points(group=f"deltaprompt.{kind}")} | own
@@ -37,7 +37,7 @@ def variant(kind: str, name: str) -> type[Any]:
 
 
 def build(kind: str, name: str, options: Mapping[str, Any]) -> Any:
-    """A variant with these options; an unknown option is an error that names the nearest known one, a bad value says why."""
+    """A variant with these options; an unknown one is an error that names the nearest known, a bad value says why."""
     from pydantic import TypeAdapter, ValidationError
 
     cls = variant(kind, name)

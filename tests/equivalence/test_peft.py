@@ -1,9 +1,9 @@
 """Equal to PEFT where PEFT has the same method: LoRA (also while training) and prefix tuning.
 
 PEFT puts a prefix into the cache, so that the real tokens are n positions further on, while ours keep their positions.
-With rotary embeddings R, a query at p sees a prefix key K as (R_{p+n} q)·K there and as (R_p q)·K' here: the two are the
-same for K' = R_{-n} K, and what real tokens see of one another depends on distances only. The tests convert with the
-model's own rotary function.
+With rotary embeddings R, a query at p sees a prefix key K as (R_{p+n} q)·K there and as (R_p q)·K' here: the two are
+the same for K' = R_{-n} K, and what real tokens see of one another depends on distances only. The tests convert with
+the model's own rotary angles.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Label words against plain transformers: the scores and gradients of brute force, and never all scores of a vocabulary."""
+"""Label words against plain transformers: scores and gradients of brute force, never all scores of a vocabulary."""
 
 from contextlib import suppress
 from functools import cache
@@ -104,7 +104,7 @@ def log_p(adapted, inputs, slot):
 
 
 def expected(model, words, texts, slots):
-    """Class scores [b, c] by brute force: log of the mean probability of a class's words, normalised over the classes."""
+    """Class scores [b, c] by brute force: log of the mean probability of a class's words, normalised over them."""
     each = [
         torch.stack(
             [
@@ -392,3 +392,10 @@ def test_a_delta_at_the_end_of_the_backbone_acts_in_every_row_as_alone(site):
     words = of_length("gpt2", [1, 2, 3])
     deltas = [LoRA(rank=2, at=("head",))] if site == "head" else [BitFit(at=("norm",))]
     check("gpt2", {w: (w,) for w in words}, deltas, slots=3)
+
+
+def test_a_cache_that_does_not_hold_the_whole_prompt_is_not_gone_on_from():
+    from transformers import DynamicCache
+
+    assert not continuation._is_whole(None, 3)
+    assert not continuation._is_whole(DynamicCache(), 3)

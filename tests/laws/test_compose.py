@@ -84,7 +84,7 @@ def test_the_order_of_a_map_and_an_adapter_counts():
     for deltas in ((LORA, Adapter(4, at=(DOWN,))), (Adapter(4, at=(DOWN,)), LORA)):
         adapted = Adapted(zoo.build("bert"), deltas)
         with torch.no_grad():
-            for name, p in sorted(adapted.parts(), key=lambda part: part[0][1:]):
+            for _, p in sorted(adapted.parts(), key=lambda part: part[0][1:]):
                 p.copy_(torch.linspace(-1, 1, p.numel()).view_as(p))
         found.append(adapted.states(inputs_of(adapted.backbone)))
     assert not torch.allclose(*found)

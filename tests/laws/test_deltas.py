@@ -51,7 +51,6 @@ def attached(name, family, slots=1, seeds=None, dtype=torch.float64, random=True
     try:
         yield shake(adapted) if random else adapted
     finally:
-        adapted.checkpointing(False) if adapted.model.supports_gradient_checkpointing else None
         adapted.eval().remove()
 
 
@@ -97,10 +96,11 @@ def mixed_or_refused(family, run):
     """The result; None on DeBERTa, whose maps also run on the relative positions that all rows share."""
     try:
         return run()
-    except SiteError as e:
-        assert family.startswith("deberta")
-        assert "also maps what all rows of a batch share" in str(e)
-        return None
+    except SiteError as error:
+        reason = str(error)
+    assert family.startswith("deberta")
+    assert "also maps what all rows of a batch share" in reason
+    return None
 
 
 @pytest.mark.parametrize("family", OWN_ATTENTION)
@@ -230,16 +230,17 @@ def rounded(family):
 @every
 def test_merged_is_attached_or_refused_with_a_reason(name, family):
     adapted = shake(Adapted(zoo.build(family, torch.float64), [made(name)], 2))
-    backbone, inputs = adapted.backbone, inputs_of(adapted.backbone)
+    inputs = inputs_of(adapted.backbone)
     attached = adapted.states(inputs, 1)
+    refused = None
     try:
         merged = adapted.merge(1)
-    except SiteError as e:
-        reason = "needs a bias at" if isinstance(made(name), Mergeable) else "has no form in weights"
-        assert reason in str(e)
+    except SiteError as error:
+        refused = str(error)
+    if refused is not None:
+        assert ("needs a bias at" if isinstance(made(name), Mergeable) else "has no form in weights") in refused
         assert torch.equal(adapted.states(inputs, 1), attached)  # nothing has changed
-        adapted.remove()
-        assert_close(backbone.states(inputs), shared(family).states(inputs), rtol=0, atol=0)
+        assert_close(adapted.remove().states(inputs), shared(family).states(inputs), rtol=0, atol=0)
         return
     assert isinstance(made(name), Mergeable)
     assert_close(merged.states(inputs), attached, rtol=0, atol=1e-9)
@@ -277,6 +278,30 @@ def test_it_follows_the_precision_of_the_backbone(name, family):
     double = shake(Adapted(zoo.build(family), [made(name)])).to(torch.float64)
     with attached(name, family) as exact:
         assert_close(double.states(inputs), exact.states(inputs), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+@pytest.mark.parametrize("name", DELTAS)
+def test_it_starts_on_the_device_of_the_backbone(name, family):
+    backbone = zoo.build(family)
+    backbone.model.to("meta")
+    assert {p.device.type for _, p in Adapted(backbone, [made(name)], 2).parts()} == {"meta"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+@every
+@torch.no_grad()
+def test_it_is_the_same_on_an_accelerator(name, family):
+    adapted = shake(Adapted(zoo.build(family), [made(name)], 2))
+    inputs = inputs_for(name, adapted.backbone)
+    there = {n: t.to("cuda") for n, t in inputs.items()}
+    here = adapted.states(inputs, 1)
+    index = torch.tensor([1, 1], device="cuda")
+    adapted.to("cuda")
+    assert_close(adapted.states(there, 1).cpu(), here, rtol=0, atol=1e-3)
+    mixed = mixed_or_refused(family, lambda: adapted.states(there, index))
+    assert mixed is None or torch.allclose(mixed.cpu(), here, atol=1e-3)
 
 
 @every
@@ -328,6 +353,7 @@ def test_checkpointing_gives_the_same_gradients(name, family):
             adapted.checkpointing(on)
             losses = [(slot + 1) * loss_of(adapted.states(inputs, slot), mask_of(inputs)) for slot in (0, 1)]
             sum(losses).backward()
+            adapted.checkpointing(False)
             found.append({n: p.grad for n, p in adapted.parts()})
     for n in found[0]:
         assert_close(found[1][n], found[0][n], rtol=0, atol=1e-6 if rounded(family) else 1e-9)

@@ -55,8 +55,9 @@ def shared(family):
     return zoo.build(family)
 
 
-def made(name, family, slots=1, labels=LABELS, template=TEMPLATE, deltas=(), backbone=None):
+def made(name, family, slots=1, labels=LABELS, template=None, deltas=(), backbone=None):
     """A model, each slot of which started from the examples."""
+    template = template or ("{text}" if family == "bert-encoder" else TEMPLATE)
     model = Model(backbone or shared(family), Task(template, labels, verbalizer(name)), deltas, range(slots))
     for slot in range(slots):
         model.start(EXAMPLES[slot:] if slot < 3 else EXAMPLES, slot)
@@ -217,7 +218,9 @@ def test_a_template_works_with_all_its_parts_or_is_refused(name, family, templat
         with pytest.raises(DeltaPromptError):
             made(name, family, template=TEMPLATES[template])
         return
-    model = made(name, family, template=TEMPLATES[template], deltas=[LoRA(rank=2, at=("attn.v",)), SoftPrompt(length=2)])
+    model = made(
+        name, family, template=TEMPLATES[template], deltas=[LoRA(rank=2, at=("attn.v",)), SoftPrompt(length=2)]
+    )
     with torch.no_grad():
         for n, p in model.parts():
             if n.endswith(".b"):  # LoRA is the identity at its start
@@ -308,7 +311,11 @@ def test_descriptions_on_the_demo_backbone_are_cosines_of_sentence_embeddings():
     from deltaprompt.backbone.demo import demo_folder
 
     texts = ["Stocks fell sharply on Monday.", "The striker scored twice in the final!", "NASA", ""]
-    says = {"sport": "news about sports and games", "business": "news about companies and the stock market", "science": "news about science"}
+    says = {
+        "sport": "news about sports and games",
+        "business": "news about companies and the stock market",
+        "science": "news about science",
+    }
     task = Task("{text}", list(says), LabelDescriptions(says, scale=1.0))
     model = adapt(load("demo", device="cpu"), task)
     plain, tokenizer = (c.from_pretrained(demo_folder()) for c in (AutoModel, AutoTokenizer))

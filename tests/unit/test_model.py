@@ -19,7 +19,17 @@ from tests import backbones_zoo as zoo
 
 WORDS = {"pos": ("good", "great"), "neg": "terrible"}
 TASK = Task("{text} It was {mask} .", WORDS)
-ODD = ["", " ", "good film " * 1000, "😀 👩‍👩‍👧", "电影 很 好", "\x00 \n\t \ufeff", "[MASK] <mask> <extra_id_0> <s>", "{text}", "a"]
+ODD = [
+    "",
+    " ",
+    "good film " * 1000,
+    "😀 👩‍👩‍👧",
+    "电影 很 好",
+    "\x00 \n\t \ufeff",
+    "[MASK] <mask> <extra_id_0> <s>",
+    "{text}",
+    "a",
+]
 
 
 def model(family="bert", task=TASK, deltas=(), **how):
@@ -51,7 +61,7 @@ def test_a_prediction_is_the_likeliest_label_with_its_probability_and_all():
 def test_odd_texts_have_finite_scores_and_leave_the_others_alone(family, template):
     if template == "{text}" and family in ("bert", "roberta"):
         pytest.skip("a masked model answers at {mask}")
-    made = model(family, Task(template, ["good", "bad"]))
+    made = model(family, Task(template, ["good", "bad"], max_length=60))
     got = made.probabilities([Example({"text": t}) for t in ODD])
     assert got.isfinite().all()
     assert_close(got[-1:], made.probabilities([Example({"text": "a"})]), atol=1e-5, rtol=1e-5)
@@ -118,7 +128,11 @@ def test_evaluation_is_accuracy_and_macro_f1():
     ("examples", "error", "message"),
     [
         ([], ConfigError, "there are no examples to evaluate on"),
-        ([Example({"text": "good"})], ConfigError, "an example has no label, {'text': 'good'}; every one needs one here"),
+        (
+            [Example({"text": "good"})],
+            ConfigError,
+            "an example has no label, {'text': 'good'}; every one needs one here",
+        ),
         ([Example({"text": "good"}, "post")], DataError, "there is no label 'post'; did you mean 'pos'?"),
     ],
 )
@@ -176,8 +190,8 @@ def test_a_task_needs_two_labels_each_once(labels):
     ("words", "message"),
     [
         ({"a": "good", "b": []}, "label 'b' has no words"),
-        ({"a": "good", "b": ""}, "label 'b' has no words"),
-        ({"a": "good", "b": ["bad", ""]}, "has no tokens"),
+        ({"a": "good", "b": ""}, "'' has no tokens in this vocabulary; choose another word"),
+        ({"a": "good", "b": ["bad", " "]}, "'' has no tokens in this vocabulary"),
     ],
 )
 def test_a_label_needs_words(words, message):
@@ -288,14 +302,16 @@ def test_a_soft_prompt_and_soft_tokens_of_the_template_have_rows_of_their_own():
     for name, p in made.parts():
         kept = p.detach().clone()
         for row in range(p.shape[1]):
-            p.data[:, row] += 1.0
+            p.data[:, row, 0] += 1.0
             assert not torch.equal(logits(made, ["good"]), before), (name, row)
             p.data.copy_(kept)
     assert sum(p.shape[1] for _, p in made.parts()) == 9
 
 
 def test_parts_are_every_trainable_tensor_once():
-    made = model(task=Task("{text} {soft:3} {mask}", ["a", "b"], SoftVerbalizer()), deltas=[LoRA(rank=2), SoftPrompt(2)])
+    made = model(
+        task=Task("{text} {soft:3} {mask}", ["a", "b"], SoftVerbalizer()), deltas=[LoRA(rank=2), SoftPrompt(2)]
+    )
     ours = {id(p) for _, p in made.parts()}
     assert ours == {id(p) for p in made.parameters() if p.requires_grad}
     assert len(dict(made.parts())) == len(ours)

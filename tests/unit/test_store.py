@@ -343,6 +343,24 @@ def test_a_crash_while_finishing_an_earlier_crash(tmp_path, monkeypatch):
             assert everything(folder) == [JSON, TENSORS]
 
 
+def test_what_counts_is_on_disk_first(tmp_path, monkeypatch):
+    """Both files and their folder before the commit, the commit before the moves: for a power failure."""
+    saved(tmp_path)
+    events, real = [], {name: vars(os)[name] for name in ("rename", "replace")}
+
+    def synced(handle):
+        events.append("file" if stat.S_ISREG(os.fstat(handle).st_mode) else "folder")
+
+    def noted(name):
+        return lambda *paths, **options: (events.append(name), real[name](*paths, **options))[1]
+
+    monkeypatch.setattr(os, "fsync", synced)
+    for name in real:
+        monkeypatch.setattr(os, name, noted(name))
+    saved(tmp_path, 1)
+    assert events == ["file", "file", "folder", "rename", "folder", "replace", "replace", "folder"]
+
+
 def crashed(folder, monkeypatch, step):
     saved(folder, 1)
     assert killed_at(step, monkeypatch, folder, 2)

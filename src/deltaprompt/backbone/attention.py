@@ -1,8 +1,8 @@
 """One attention function for every model: what transformers would call, after the deltas at the site have seen k and v.
 
-transformers (>= 5) calls each attention as `fn(module, q, k, v, mask, **kw)` by the name in the config. `install` gives a
-model a name of ours that stands in front of the one it had; `KeyValueHook`s listed at an attention module then map its
-(k, v), and the mask is widened by the columns that they put in front.
+transformers (>= 5) calls each attention as `fn(module, q, k, v, mask, **kw)` by the name in the config. `install` gives
+a model a name of ours that stands in front of the one it had; `KeyValueHook`s listed at an attention module then map
+its (k, v), and the mask is widened by the columns that they put in front.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def base_of(model: PreTrainedModel) -> str:
 
 
 def install(model: PreTrainedModel) -> str | None:
-    """Puts our function in front of the model's attention; returns what to give to `uninstall`, None if it was there."""
+    """Puts our function in front of the model's attention; returns what `uninstall` wants, None if it was there."""
     base = base_of(model)
     if model.config._attn_implementation != base:
         return None

@@ -1,4 +1,4 @@
-"""log p(answer | prompt) of many answers of several tokens, the prompt being run once (its keys and values are kept)."""
+"""log p(answer | prompt) of many answers of several tokens; the prompt is run once, its keys and values are kept."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Prompted:
     repeated: Callable[[int], AbstractContextManager[None]]  # tells the patches that rows are repeated
 
     def log_likelihood(self, last: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
-        """Σ_i log p(id_i | prompt, id_<i) [b, w] for answers ids [w, t] of the given lengths [w]; `last` [b, d] reads id_0."""
+        """Σ_i log p(id_i | prompt, id_<i) [b, w] of answers ids [w, t] and lengths [w]; `last` [b, d] reads id_0."""
         scores = log_softmax(self._head.logits(last[:, None]).float(), dim=-1)[:, 0, ids[:, 0]]  # [b, w]
         rows, later, longer = len(last), ids.shape[1] - 1, (lengths > 1).nonzero()[:, 0]
         scores_a_word = rows * max(later, 1) * self._head.out.out_features
@@ -73,7 +73,7 @@ class Prompted:
         return self._run(inputs, words, past_key_values=_repeated_cache(self.cache, words))
 
     def _again(self, ids: Tensor, rows: int) -> Tensor:
-        """As `_continue` without keys and values: answers are put behind each prompt's last token, and all is run again."""
+        """As `_continue` without keys and values: answers stand behind each prompt's last token, all is run again."""
         words, tokens = ids.shape
         seen = self._repeated("attention_mask", words)  # [b * w, s]
         columns = torch.arange(1, seen.shape[1] + 1, device=ids.device)

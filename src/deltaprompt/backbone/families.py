@@ -6,8 +6,8 @@ A path is relative to the base model; `*` stands for a layer's number. The right
     attn.q+k+v      one linear map whose output is q, k and v one after the other
     attn.q/k/v      one linear map whose output is q, k and v head by head
 
-Families shaped like another are listed in `SHAPED_LIKE`; any other model is tried against every table, then `guess` works
-its names out from what its modules are called and how large they are.
+Families shaped like another are listed in `SHAPED_LIKE`; any other model is tried against every table, then `guess`
+works its names out from what its modules are called and how large they are.
 """
 
 from __future__ import annotations

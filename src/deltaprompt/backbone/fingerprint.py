@@ -1,4 +1,4 @@
-"""A digest that tells whether a backbone is the one an adaptation was made for: every number of every parameter counts."""
+"""A digest that tells whether a backbone is the one an adaptation was made for: every number of it counts."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def fingerprint(model: nn.Module) -> str:
     """16 hex digits from the names, types, shapes and contents of all parameters.
 
-    A parameter's contents enter as two integer sums over its bit patterns, modulo 2^64, the second weighted by position, so
-    that the digest costs one pass over memory on any device: any one changed number changes it.
+    A parameter's contents enter as two integer sums over its bit patterns, modulo 2^64, the second weighted by place,
+    so that the digest costs one pass over memory on any device: any one changed number changes it.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.named_parameters()):

@@ -1,8 +1,8 @@
 """From states to scores of chosen vocabulary rows: the language model's own head, only where it is needed.
 
-`Head.logits(states, rows)` equals `model(...).logits[..., rows]` for the same states, without ever forming the scores of the
-other rows. The transform in front of the output embedding (BERT's dense, GELU, norm) is the model's own module, run with the
-output embedding narrowed to the rows.
+`Head.logits(states, rows)` equals `model(...).logits[..., rows]` for the same states, without forming the scores of the
+other rows. The transform in front of the output embedding (BERT's dense, GELU, norm) is the model's own module, run
+with the output embedding narrowed to the rows.
 """
 
 from __future__ import annotations

@@ -207,8 +207,8 @@ def _model(
         raise BackboneError(f"{source} cannot be loaded as a model of kind {kind!r}: {e}") from e
     if missing := sorted(report["missing_keys"]):
         raise BackboneError(
-            f"{source} lacks {len(missing)} tensors of a model of kind {kind!r} ({', '.join(missing[:3])}, …), which would "
-            "start at random. Load it with the kind it was trained as, such as kind='encoder'"
+            f"{source} lacks {len(missing)} tensors of a model of kind {kind!r} ({', '.join(missing[:3])}, …), which "
+            "would start at random. Load it with the kind it was trained as, such as kind='encoder'"
         )
     model.eval()
     return model

@@ -45,8 +45,8 @@ def name_sites(model: nn.Module, base: nn.Module, config: Mapping[str, Any], hea
     named = _by_table(modules, str(config.get("model_type", ""))) or guess(modules)
     if not any(name.endswith(("attn.q", "attn.q+k+v", "attn.q/k/v", "attn.qkv")) for name in named.values()):
         raise BackboneError(
-            f"{type(model).__name__} (model_type {config.get('model_type')!r}) has no attention that DeltaPrompt can name. "
-            "Possible are transformer encoders, decoders and encoder-decoders; address other parts by module path"
+            f"{type(model).__name__} (model_type {config.get('model_type')!r}) has no attention that DeltaPrompt can "
+            "name. Possible are transformer encoders, decoders and encoder-decoders; address other parts by module path"
         )
     paths = {id(m): p for p, m in model.named_modules()}
     found: dict[str, Site] = {}
@@ -133,7 +133,7 @@ def _with_heads(site: Site, found: Mapping[str, Site], config: Mapping[str, Any]
 
 
 def guess(modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Common names by structure: the stacks of layers, in them linear maps by what they are called and how large they are."""
+    """Common names by structure: stacks of layers, in them linear maps by what they are called and how large."""
     named: dict[str, str] = {}
     stacks = _stacks(modules)
     for stack, side in stacks.items():

@@ -1,4 +1,4 @@
-"""The places of a backbone where a delta may act, under names that are the same for every family, and how to select them."""
+"""The places of a backbone where a delta may act, under names that are alike for every family, and their selectors."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Site:
 
 
 def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
-    """(in, out) of a linear map of any make (Linear, GPT-2's Conv1D, quantised ones that keep the two names), else None."""
+    """(in, out) of a linear map of any make (Linear, Conv1D, quantised ones that keep the two names), else None."""
     known = vars(module)
     if "in_features" in known and "out_features" in known:
         return int(known["in_features"]), int(known["out_features"])
@@ -158,7 +158,7 @@ class Sites(Mapping[str, Site]):
         return [site for name, site in self.by_name.items() if name in chosen]
 
     def matching(self, selector: str) -> list[str]:
-        """The names that one selector matches: a common name or its end, `*`, `layers[8:]`, `re:…`, or a module path."""
+        """The names that a selector matches: a common name or its end, `*`, `layers[8:]`, `re:…`, or a module path."""
         return [name for name, site in self.by_name.items() if self._matches(selector, site)]
 
     def _matches(self, selector: str, site: Site) -> bool:

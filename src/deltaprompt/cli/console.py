@@ -23,7 +23,7 @@ PIPED_WIDTH = 120  # columns where there is no terminal to ask
 
 
 def guarded(command: Callable[P, None]) -> Callable[P, None]:
-    """A command whose user's errors are one line on standard error; `debug=True` among its options shows the traceback."""
+    """A command whose user's errors are one line on standard error; with its option `debug` there is the traceback."""
 
     @wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -83,4 +83,6 @@ def plus_minus(told: Mapping[str, float], seeds: int) -> str:
 
 def size(count: int) -> str:
     """Bytes as a person reads them."""
-    return f"{count:,} B" if count < 1000 else f"{count / 1000:,.0f} kB" if count < 1_000_000 else f"{count / 1e6:,.1f} MB"
+    return (
+        f"{count:,} B" if count < 1000 else f"{count / 1000:,.0f} kB" if count < 1_000_000 else f"{count / 1e6:,.1f} MB"
+    )

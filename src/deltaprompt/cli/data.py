@@ -53,5 +53,5 @@ class Deal:
 def training_file(recipe: Recipe) -> str:
     """The file to train on, which alone has no default."""
     if recipe.data.train is None:
-        raise ConfigError("there is no training data: give --data FILE, or a recipe with train = \"FILE\" in [data]")
+        raise ConfigError('there is no training data: give --data FILE, or a recipe with train = "FILE" in [data]')
     return recipe.data.train

@@ -131,9 +131,13 @@ def _told(recipe: Recipe, task: Task, deltas: list[str], kind: str) -> None:
     """What is about to be done, and which of it was not asked for but chosen."""
     template = f"template {task.template!r}" + ("" if recipe.task.template else f" (the default for the kind {kind})")
     names = (" + ".join(deltas) or "no delta") + (" on every linear map (the default)" if recipe.deltas is None else "")
-    console.note(f"{recipe.backbone.name}: {template}, {names}, {type(task.verbalizer).__name__}, {len(task.names)} labels")
+    console.note(
+        f"{recipe.backbone.name}: {template}, {names}, {type(task.verbalizer).__name__}, {len(task.names)} labels"
+    )
     if recipe.task.labels is None:
-        console.note("labels stand for themselves; a sentence or a word for each (--describe label=…) mostly does better")
+        console.note(
+            "labels stand for themselves; a sentence or a word for each (--describe label=…) mostly does better"
+        )
 
 
 def _show(result: SeedsResult) -> None:
@@ -154,7 +158,11 @@ def _show(result: SeedsResult) -> None:
         body.append(["mean ± std", "", *means, "", f"{result.seconds:.1f}"])
     screen = console.output()
     screen.print(console.table(columns, body))
-    kept = f"{console.size(result.best.bytes)} in {result.out}" if result.out is not None else "not saved (--out DIR saves it)"
+    kept = (
+        f"{console.size(result.best.bytes)} in {result.out}"
+        if result.out is not None
+        else "not saved (--out DIR saves it)"
+    )
     screen.print(f"{result.best.trainable:,} trained parameters, {kept}", markup=False, soft_wrap=True)
     if result.out is not None:
         screen.print(f"use it: deltaprompt predict {shlex.quote(str(result.out))} FILE", markup=False, soft_wrap=True)

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 def inspect(
     what: Annotated[
-        str, typer.Argument(help="A backbone (a folder, a name on the hub, demo), or a saved adaptation's folder.", metavar="NAME|FOLDER")
+        str,
+        typer.Argument(
+            help="A backbone (a folder, a name on the hub, demo), or a saved adaptation's folder.",
+            metavar="NAME|FOLDER",
+        ),
     ],
     delta: options.Deltas = None,
     as_json: options.Json = False,
@@ -96,7 +100,9 @@ def _draw(found: Anatomy) -> None:
     tree.add(Text(f"{'elsewhere':{wide + 9}}  {'':30}  {found.elsewhere:>12,}", "dim"))
     screen = console.output()
     screen.print(tree)
-    screen.print(f"states of width {found.width}, {found.vocabulary:,} tokens known, {found.max_length:,} at most in a text")
+    screen.print(
+        f"states of width {found.width}, {found.vocabulary:,} tokens known, {found.max_length:,} at most in a text"
+    )
     for placement in found.placements:
         screen.print(_summary(placement), markup=False, soft_wrap=True)
 
@@ -123,5 +129,6 @@ def _summary(placement: Placement) -> str:
     options = ", ".join(f"{k}={v}" for k, v in placement.delta.items() if k != "kind")
     told = f"{placement.delta['kind']} ({options})"
     if placement.problem is not None:
-        return f"✗ {told} cannot be attached; its other selectors match {placement.sites} sites"
-    return f"✓ {told}: {placement.sites} sites, {placement.parameters:,} parameters, {placement.share:.3%} of the backbone's"
+        return f"✗ {told} cannot be attached; sites that its selectors do match: {placement.sites}"
+    share = f"{placement.share:.3%} of the backbone's"
+    return f"✓ {told}: {placement.sites} sites, {placement.parameters:,} parameters, {share}"

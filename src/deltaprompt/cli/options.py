@@ -19,20 +19,32 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 
 Train = Annotated[
     str | None,
-    _option("--data", help="Labelled rows: .csv .tsv .jsonl .json .parquet (.gz), or hf:name.", panel=DATA, metavar="FILE"),
+    _option(
+        "--data", help="Labelled rows: .csv .tsv .jsonl .json .parquet (.gz), or hf:name.", panel=DATA, metavar="FILE"
+    ),
 ]
-Dev = Annotated[str | None, _option("--dev", help="Rows to choose the best by, and to stop early by.", panel=DATA, metavar="FILE")]
+Dev = Annotated[
+    str | None, _option("--dev", help="Rows to choose the best by, and to stop early by.", panel=DATA, metavar="FILE")
+]
 Test = Annotated[str | None, _option("--test", help="Rows to measure the result on.", panel=DATA, metavar="FILE")]
-Text = Annotated[str | None, _option("--text", help="The column of the field {text}; default: text.", panel=DATA, metavar="COL")]
-Label = Annotated[str | None, _option("--label", help="The column of the label; default: label.", panel=DATA, metavar="COL")]
+Text = Annotated[
+    str | None, _option("--text", help="The column of the field {text}; default: text.", panel=DATA, metavar="COL")
+]
+Label = Annotated[
+    str | None, _option("--label", help="The column of the label; default: label.", panel=DATA, metavar="COL")
+]
 Fields = Annotated[
     list[str] | None,
     _option("--field", help="A further field of the template: field=column. Repeat.", panel=DATA, metavar="FIELD=COL"),
 ]
-Shots = Annotated[int | None, _option("--shots", help="Train on so many rows of each label, drawn by seed.", panel=DATA, metavar="K")]
+Shots = Annotated[
+    int | None, _option("--shots", help="Train on so many rows of each label, drawn by seed.", panel=DATA, metavar="K")
+]
 NoDev = Annotated[
     bool,
-    _option("--no-dev", help="Hold no rows back to choose by (where no --dev is given, others are held back).", panel=DATA),
+    _option(
+        "--no-dev", help="Hold no rows back to choose by (where no --dev is given, others are held back).", panel=DATA
+    ),
 ]
 DropEmpty = Annotated[bool, _option("--drop-empty", help="Leave out rows without a text or a label.", panel=DATA)]
 
@@ -42,19 +54,21 @@ Describe = Annotated[
     _option(
         "--describe",
         "--labels",
-        help="What stands for a label: label=a sentence (encoders), label=word or label=word|word (language models). Repeat, "
-        "or give a .toml or .json file of them.",
+        help="What stands for a label: label=a sentence (encoders), label=word or label=word|word (language models). "
+        "Repeat, or give a .toml or .json file of them.",
         panel=TASK,
         metavar="LABEL=WORDS",
     ),
 ]
 VerbalizerOption = Annotated[
-    str | None, _option("--verbalizer", help="Such as prototypes:scale=10.", panel=TASK, metavar="KIND[:OPTION=VALUE,…]")
+    str | None,
+    _option("--verbalizer", help="Such as prototypes:scale=10.", panel=TASK, metavar="KIND[:OPTION=VALUE,…]"),
 ]
 MaxLength = Annotated[int | None, _option("--max-length", help="Tokens of a text at most.", panel=TASK, metavar="N")]
 
 BackboneName = Annotated[
-    str | None, _option("--backbone", help="A folder, a name on the hub, or demo (the default).", panel=MODEL, metavar="NAME")
+    str | None,
+    _option("--backbone", help="A folder, a name on the hub, or demo (the default).", panel=MODEL, metavar="NAME"),
 ]
 Deltas = Annotated[
     list[str] | None,
@@ -66,26 +80,41 @@ Deltas = Annotated[
         metavar="KIND[:OPTION=VALUE,…]",
     ),
 ]
-Device = Annotated[str | None, _option("--device", help="cpu, cuda, cuda:1, mps; default: the best there is.", panel=MODEL)]
+Device = Annotated[
+    str | None, _option("--device", help="cpu, cuda, cuda:1, mps; default: the best there is.", panel=MODEL)
+]
 Dtype = Annotated[str | None, _option("--dtype", help="float32 (the default), bfloat16, float16, auto.", panel=MODEL)]
 
-Seeds = Annotated[str | None, _option("--seeds", help="Such as 0-4 or 0,3,7; default: 0.", panel=TRAINING, metavar="SEEDS")]
-Epochs = Annotated[
-    int | None, _option("--epochs", help="Passes over the rows; default: 6, but 30 steps at least.", panel=TRAINING, metavar="N")
+Seeds = Annotated[
+    str | None, _option("--seeds", help="Such as 0-4 or 0,3,7; default: 0.", panel=TRAINING, metavar="SEEDS")
 ]
-Steps = Annotated[int | None, _option("--steps", help="Optimizer steps, instead of epochs.", panel=TRAINING, metavar="N")]
-BatchSize = Annotated[int | None, _option("--batch-size", help="Rows at once; default: 16.", panel=TRAINING, metavar="N")]
+Epochs = Annotated[
+    int | None,
+    _option("--epochs", help="Passes over the rows; default: 6, but 30 steps at least.", panel=TRAINING, metavar="N"),
+]
+Steps = Annotated[
+    int | None, _option("--steps", help="Optimizer steps, instead of epochs.", panel=TRAINING, metavar="N")
+]
+BatchSize = Annotated[
+    int | None, _option("--batch-size", help="Rows at once; default: 16.", panel=TRAINING, metavar="N")
+]
 LearningRate = Annotated[
     float | None, _option("--learning-rate", "--lr", help="Of the deltas; default: 5e-4.", panel=TRAINING, metavar="X")
 ]
-Precision = Annotated[str | None, _option("--precision", help="no (the default), bf16, fp16.", panel=TRAINING, metavar="P")]
+Precision = Annotated[
+    str | None, _option("--precision", help="no (the default), bf16, fp16.", panel=TRAINING, metavar="P")
+]
 
-Out = Annotated[str | None, _option("--out", help="The folder that keeps what is learned.", panel=OUTPUT, metavar="DIR")]
+Out = Annotated[
+    str | None, _option("--out", help="The folder that keeps what is learned.", panel=OUTPUT, metavar="DIR")
+]
 Resume = Annotated[bool, _option("--resume", help="Go on with the run that was broken off in --out.", panel=OUTPUT)]
 
 RecipeFile = Annotated[
     Path | None,
-    typer.Argument(help="A recipe, TOML; options override it. Paths in it are relative to where you are.", metavar="[RECIPE.toml]"),
+    typer.Argument(
+        help="A recipe, TOML; options override it. Paths in it are relative to where you are.", metavar="[RECIPE.toml]"
+    ),
 ]
 Folder = Annotated[Path, typer.Argument(help="The folder of a saved adaptation.", metavar="FOLDER")]
 EachBatch = Annotated[int, typer.Option("--batch-size", help="Rows at once.", min=1, metavar="N")]

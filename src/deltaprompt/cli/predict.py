@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 STDIN = "-"
 BATCHES_AT_ONCE = 8  # sorted by length together; more would make a slow pipe wait longer for its first answer
 Source = Annotated[
-    str, typer.Argument(help="Texts to label, in any format that fit reads or .txt; - for standard input.", metavar="[FILE|-]")
+    str,
+    typer.Argument(
+        help="Texts to label, in any format that fit reads or .txt; - for standard input.", metavar="[FILE|-]"
+    ),
 ]
 
 
@@ -38,8 +41,8 @@ def predict(
 ) -> None:
     """Label texts: one line each, the label and its probability.
 
-    Standard input is one text a line, or JSON lines. With --json each line is an object: label, score, and the scores of all
-    labels.
+    Standard input is one text a line, or JSON lines. With --json each line is an object: label, score, and the scores
+    of all labels.
     """
     from deltaprompt.cli.recipe import pairs
     from deltaprompt.data import read_texts
@@ -79,7 +82,11 @@ def evaluate(
     if as_json:
         console.print_json(told)
         return
-    shown = [["accuracy", f"{told['accuracy']:.4f}"], ["macro F1", f"{told['macro_f1']:.4f}"], ["examples", f"{len(examples):,}"]]
+    shown = [
+        ["accuracy", f"{told['accuracy']:.4f}"],
+        ["macro F1", f"{told['macro_f1']:.4f}"],
+        ["examples", f"{len(examples):,}"],
+    ]
     console.output().print(console.table(["", str(folder)], shown))
 
 
@@ -105,7 +112,9 @@ def settled(folder: Path) -> Path:
     try:
         best = folder / f"seed-{json.loads(several.read_text())['best_seed']}"
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{several} is damaged; name one of the folders beside it, such as {folder / 'seed-0'}") from error
+        raise ConfigError(
+            f"{several} is damaged; name one of the folders beside it, such as {folder / 'seed-0'}"
+        ) from error
     console.note(f"{folder} holds several seeds; this is {best.name}, the best on dev")
     return best
 

@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -30,7 +30,7 @@ class BackboneTable:
     kind: Kind | None = None
     device: str | None = None
     dtype: str = "float32"
-    attention: str | None = None
+    attention: Literal["sdpa", "eager"] | None = None
     revision: str | None = None
 
 
@@ -90,7 +90,9 @@ def build(given: Mapping[str, Any]) -> Recipe:
     out = None if given.get("out") is None else _value(str, given["out"], "out")
     return Recipe(
         **tables,
-        deltas=None if deltas is None else tuple(_delta(d, n) for n, d in enumerate(_value(list[Any], deltas, "deltas"), 1)),
+        deltas=None
+        if deltas is None
+        else tuple(_delta(d, n) for n, d in enumerate(_value(list[Any], deltas, "deltas"), 1)),
         seeds=seeds_of(given.get("seeds", 0)),
         shots=shots,
         out=out,
@@ -183,7 +185,9 @@ def _known(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
 def _hint(key: str, known: Sequence[str]) -> str:
     """The nearest name in the table, or the table that the key belongs to."""
     near = nearest(key, known, limit=20)
-    homes = [name for name, cls in TABLES.items() if key in {f.name for f in dataclasses.fields(cls)} and name not in known]
+    homes = [
+        name for name, cls in TABLES.items() if key in {f.name for f in dataclasses.fields(cls)} and name not in known
+    ]
     return f"; it belongs in [{homes[0]}]" if homes and key not in known and "did you mean" not in near else near
 
 

@@ -24,7 +24,7 @@ TEMPLATES: Mapping[Kind, str] = {
 
 
 def deltas_for(backbone: Backbone) -> tuple[Delta, ...]:
-    """LoRA on every linear map of the layers: the best of what was tried on few-shot sets, and still under 4 % of MiniLM."""
+    """LoRA on every linear map of the layers: the best of what was tried on few-shot sets."""
     roles = [name for name, site in backbone.sites.items() if site.kind == "linear" and "layers." in name]
     return (LoRA(at=tuple(dict.fromkeys(name.partition("layers.")[2].partition(".")[2] for name in roles))),)
 
@@ -43,7 +43,9 @@ def _verbalizer(table: TaskTable, task: Task, backbone: Backbone) -> Verbalizer:
         chosen = task.settled(backbone)
         return Prototypes() if mute and isinstance(chosen, Prototypes) else chosen
     options = dict(table.verbalizer)
-    known = {f.name for f in dataclasses.fields(registry.variant("verbalizers", str(options.get("kind", "prototypes"))))}
+    known = {
+        f.name for f in dataclasses.fields(registry.variant("verbalizers", str(options.get("kind", "prototypes"))))
+    }
     stands: dict[str, Any] = {
         "words": task.words(),
         "descriptions": {label: ", ".join(words) for label, words in task.words().items()},

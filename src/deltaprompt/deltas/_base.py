@@ -1,9 +1,9 @@
-"""A delta is a function of what enters and what leaves a named site: `y' = after(x, y)`, and optionally `x' = before(x)`.
+"""A delta is a function of what enters and what leaves a named site: `y' = after(x, y)`, optionally `x' = before(x)`.
 
-A method is a frozen dataclass: its fields are its configuration, its command-line options and its stored form in one; its
-methods are its maths on tensors that broadcast. Every parameter is stacked `[n, …]`, one slot per adaptation. The maths sees
-either one slot (`a` of shape `[r, d]`) or one slot per row (`[rows, r, d]`) and must be right for both; a vector is declared
-`[1, d]`, so that it broadcasts over the positions of a row.
+A method is a frozen dataclass: its fields are its configuration, its command-line options and its stored form in one;
+its methods are its maths on tensors that broadcast. Every parameter is stacked `[n, …]`, one slot per adaptation. The
+maths sees either one slot (`a` of shape `[r, d]`) or one slot per row (`[rows, r, d]`) and must be right for both; a
+vector is declared `[1, d]`, so that it broadcasts over the positions of a row.
 """
 
 from __future__ import annotations

@@ -43,8 +43,9 @@ class Adapter(Delta, After):
     def __post_init__(self) -> None:
         if self.bottleneck < 1 or self.activation not in SIGMA or self.placement not in PLACES:
             raise ConfigError(
-                f"adapter: got bottleneck={self.bottleneck}, activation={self.activation!r}, placement={self.placement!r}; "
-                f"possible: bottleneck >= 1, activation in {list(SIGMA)}, placement in {list(PLACES)}"
+                f"adapter: got bottleneck={self.bottleneck}, activation={self.activation!r}, "
+                f"placement={self.placement!r}; possible: bottleneck >= 1, activation in {list(SIGMA)}, "
+                f"placement in {list(PLACES)}"
             )
 
     def selectors(self) -> Sequence[str]:

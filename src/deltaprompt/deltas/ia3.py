@@ -1,4 +1,4 @@
-"""k' = l_k ⊙ k, v' = l_v ⊙ v, and l_ff ⊙ what enters the last feed-forward map; l = 1 at the start (Liu et al. 2022, 3.3)."""
+"""k' = l_k ⊙ k, v' = l_v ⊙ v, l_ff ⊙ what enters the last feed-forward map; l = 1 at first (Liu et al. 2022, 3.3)."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ from deltaprompt.errors import ConfigError, SiteError
 class Prefix(Delta, KeyValue):
     """Prefix tuning: 2 · length · (width of the keys) parameters an attention.
 
-    The prefix lies in key and value space as the attention sees it: no rotary embedding is applied to it, and the tokens of
-    the text keep their positions.
+    The prefix lies in key and value space as the attention sees it: no rotary embedding is applied to it, and the
+    tokens of the text keep their positions.
 
     Args:
         length: tokens of the prefix.

@@ -1,7 +1,7 @@
-"""Embeddings P of virtual tokens put in front of the text (Lester et al. 2021): at site `embed`, y' = P[id − V] where id ≥ V.
+"""Embeddings P of virtual tokens put in front of the text: at `embed`, y' = P[id − V] for id ≥ V (Lester et al. 2021).
 
-A virtual token is an id past the vocabulary's end, so a sequence has its final length before the model starts and nothing
-downstream is shifted. The soft blocks of a template are rows of the same kind of table.
+A virtual token is an id past the vocabulary's end, so a sequence has its final length before the model starts and
+nothing downstream is shifted. The soft blocks of a template are rows of the same kind of table.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class SoftPrompt(Delta, After, Before):
     def __post_init__(self) -> None:
         if self.length < 1 or self.init_std < 0:
             raise ConfigError(
-                f"soft_prompt: got length={self.length}, init_std={self.init_std}; length >= 1, init_std >= 0 are possible"
+                f"soft_prompt: got length={self.length}, init_std={self.init_std}; "
+                "length >= 1, init_std >= 0 are possible"
             )
 
     def selectors(self) -> Sequence[str]:

@@ -1,4 +1,4 @@
-"""The forward path: template and deltas in front, the backbone's states where the answer is read, the verbalizer behind."""
+"""The forward path: template and deltas in front, states where the answer is read, the verbalizer behind."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Scorer(Stack):
 
 
 class Model(nn.Module):
-    """A backbone adapted to a task. `forward` takes a `Batch` and returns `{"loss", "logits"}`, so any trainer can train it."""
+    """A backbone adapted to a task. `forward` maps a `Batch` to `{"loss", "logits"}`: any trainer can train it."""
 
     def __init__(self, backbone: Backbone, task: Task, deltas: Sequence[Delta], seeds: Sequence[int] = (0,)) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def start(self, examples: Sequence[Example], slot: int = 0, batch_size: int = 32) -> None:
-        """Gives a verbalizer that starts from states (prototypes, descriptions) its start, from the training examples."""
+        """Gives a verbalizer that starts from states (prototypes, descriptions) its start from training examples."""
         verbalizer, setting = self.verbalizer, self.scorer.setting
         if not isinstance(verbalizer, Started):
             return

@@ -14,7 +14,7 @@ from deltaprompt.verbalizers.prototypes import Prototypes
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked: a template, and for each label the words (or, for a plain encoder, the sentence) that stand for it.
+    """What is asked: a template, and for each label the words (for a plain encoder, the sentence) that stand for it.
 
     Args:
         template: in the template language; `"{text} It was {mask}."`.

@@ -130,7 +130,6 @@ class Loop:
         self._save(run)
         if self.checkpoints is not None and self.main:
             self.checkpoints.clear()
-        self.accelerator.free_memory()
         return replace(run, bytes=self.bytes)
 
     def _modes(self) -> None:

@@ -1,7 +1,7 @@
 """A verbalizer maps the states where the answer is read to class scores: `AtMask -> [b, c]`.
 
-Like a delta it is a frozen dataclass (configuration, options and stored form in one) whose methods are maths on tensors. Its
-trainable tensors are stacked `[n, …]`, one slot per adaptation; its constants (ids of label words) are worked out once.
+Like a delta it is a frozen dataclass (configuration, options, stored form in one) whose methods are maths on tensors.
+Its trainable tensors are stacked `[n, …]`, one slot per adaptation; its constants (ids of words) are worked out once.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Verbalizer(ABC):
 
     @abstractmethod
     def constants(self, s: Setting) -> Mapping[str, Tensor]:
-        """Its tensors that never train. A class without an entry, or a kind of backbone that does not fit, is an error."""
+        """Its tensors that never train. A class without an entry, or a kind of backbone that does not fit, raises."""
 
     @abstractmethod
     def scores(self, w: Weights, s: Setting, at: AtMask) -> Tensor:

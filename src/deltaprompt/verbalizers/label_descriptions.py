@@ -1,4 +1,4 @@
-"""score(c) = τ · cos(h, e_c), e_c the embedded description of class c: answers before any training (Yin et al. 2019)."""
+"""score(c) = τ · cos(h, e_c), e_c the embedded description of class c: answers before training (Yin et al. 2019)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deltaprompt.verbalizers._base import Setting, Started, Verbalizer, cosine, 
 
 @dataclass(frozen=True)
 class LabelDescriptions(Verbalizer, Started):
-    """A plain sentence for each class, embedded by the backbone; the embeddings then train with the deltas: c · d parameters.
+    """A plain sentence for each class, embedded by the backbone; the embeddings then train: c · d parameters.
 
     Args:
         descriptions: a sentence for each label, as one would tell a colleague what belongs there.

@@ -1,7 +1,7 @@
 """score(c) = log mean_{w ∈ words(c)} p(w | prompt): the language model's own word scores (PET, Schick & Schütze 2021).
 
-A word of several tokens has its whole probability: with as many masks as tokens in a masked model (each token at its mask),
-as the likelihood of the sequence in a causal model or an encoder-decoder, the prompt being computed once.
+A word of several tokens has its whole probability: in a masked model with as many masks as tokens (each token at its
+mask), in a causal model or an encoder-decoder as the likelihood of the sequence, the prompt being computed once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""score(c) = τ · cos(h, z_c): spherical prototypes, at the start class means of frozen states (Ding et al. 2021, eq. 4).
+"""score(c) = τ · cos(h, z_c): spherical prototypes, which start as class means of states (Ding et al. 2021, eq. 4).
 
 With descriptions, z_c starts as mean_c / |mean_c| + β · e_c / |e_c|, e_c being the embedded description: what a label
 says counts like further examples, most where there are few.

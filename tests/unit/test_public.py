@@ -1,0 +1,82 @@
+"""The public names: these and no others, each of them there, and none of them paid for before it is used."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import deltaprompt
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "transformers", "accelerate", "sklearn", "numpy")
+
+
+def modules_after(code: str) -> set[str]:
+    """The modules that a fresh interpreter has after some code."""
+    code = f"import sys\n{code}\nprint('modules', *sys.modules)"
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
+    return set(done.stdout.splitlines()[-1].split()[1:])
+
+
+def test_the_public_names():
+    assert deltaprompt.__all__ == [
+        "IA3",
+        "Adapter",
+        "Backbone",
+        "BitFit",
+        "DeltaPromptError",
+        "Example",
+        "LabelDescriptions",
+        "LabelWords",
+        "LoRA",
+        "Model",
+        "Prefix",
+        "Prototypes",
+        "Run",
+        "SoftPrompt",
+        "SoftVerbalizer",
+        "Task",
+        "Training",
+        "__version__",
+        "adapt",
+        "few_shot",
+        "fit",
+        "load",
+        "open",
+        "read",
+    ]
+    assert set(deltaprompt.__all__) <= set(dir(deltaprompt))
+
+
+@pytest.mark.parametrize("name", deltaprompt.__all__)
+def test_every_name_resolves(name):
+    found = vars(deltaprompt).get(name) or deltaprompt.__getattr__(name)
+    assert found is not None
+    assert vars(deltaprompt)[name] is found
+
+
+def test_a_name_that_is_not_there():
+    with pytest.raises(AttributeError, match="has no attribute 'LoRa'"):
+        deltaprompt.__getattr__("LoRa")
+
+
+def test_the_version_is_the_packages():
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == deltaprompt.__version__
+
+
+def test_importing_costs_nothing():
+    assert modules_after("import deltaprompt").isdisjoint((*HEAVY, "rich", "typer", "pydantic"))
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], *([c, "--help"] for c in ("fit", "predict", "inspect", "demo"))]
+)
+def test_help_answers_without_torch(arguments):
+    code = f"sys.argv = ['deltaprompt', *{arguments}]\nfrom deltaprompt.cli import app\napp(standalone_mode=False)"
+    assert modules_after(code).isdisjoint(HEAVY)
