@@ -137,8 +137,9 @@ def model(family: str) -> Any:
     with quiet(), torch.random.fork_rng():
         torch.manual_seed(0)
         made = cls(config_of(spec), **options)
-        for p in made.parameters():
-            p.data.add_(torch.randn_like(p), alpha=0.1)
+        for name, t in (*made.named_parameters(), *made.named_buffers()):
+            if isinstance(t, torch.nn.Parameter) or name == "final_logits_bias":  # BART's, a buffer
+                t.data.add_(torch.randn_like(t), alpha=0.1)
     return made.eval()
 
 

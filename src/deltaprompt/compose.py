@@ -20,8 +20,9 @@ from torch.utils.hooks import RemovableHandle
 
 from deltaprompt.backbone import Backbone, Site, attention
 from deltaprompt.backbone.sites import is_turned
-from deltaprompt.deltas._base import After, Before, Delta, KeyValue, Mergeable, Param, Weights
+from deltaprompt.deltas._base import After, Before, Delta, KeyValue, Mergeable
 from deltaprompt.errors import ConfigError, SiteError
+from deltaprompt.params import Param, Weights
 
 Index = int | Tensor | None  # one slot for all rows, or a slot for each row [rows]; None is slot 0
 
@@ -226,6 +227,10 @@ class Adapted(nn.Module):
 
     def checkpointing(self, on: bool = True) -> None:
         """Whether the backward pass computes layers again, in the slots of their own forward pass, to save memory."""
+        if not self.model.supports_gradient_checkpointing:
+            raise ConfigError(
+                f"{type(self.model).__name__} cannot compute its layers again; train it without checkpointing"
+            )
         again = partial(checkpoint, use_reentrant=False, context_fn=self.routing.replay)
         self.model._set_gradient_checkpointing(enable=on, gradient_checkpointing_func=again)
 

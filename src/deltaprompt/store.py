@@ -41,7 +41,7 @@ def write(folder: str | Path, record: Mapping[str, Any], tensors: Mapping[str, T
     """Keeps a record and its tensors in a folder, in place of what was kept there; the bytes of both files.
 
     Raises:
-        StoreError: the record holds what JSON cannot, or the folder cannot be written; it is then as it was.
+        StoreError: the record holds what JSON cannot, or the folder cannot be written; what was saved there is whole.
     """
     folder = Path(folder)
     own = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
@@ -57,7 +57,7 @@ def write(folder: str | Path, record: Mapping[str, Any], tensors: Mapping[str, T
         _make(folder)
         _replace(folder, {JSON: text, TENSORS: data})
     except OSError as e:
-        raise StoreError(f"{folder} cannot be written ({e}); what was saved there is as it was") from e
+        raise StoreError(f"{folder} cannot be written ({e}); mend that and save again, nothing saved is lost") from e
     return len(text) + len(data)
 
 

@@ -10,7 +10,6 @@ from torch.testing import assert_close
 
 from deltaprompt.backbone import attention
 from deltaprompt.compose import Adapted, Routing, Stack
-from deltaprompt.deltas._base import Param, normal
 from deltaprompt.deltas.adapter import Adapter
 from deltaprompt.deltas.bitfit import BitFit
 from deltaprompt.deltas.ia3 import IA3
@@ -18,6 +17,7 @@ from deltaprompt.deltas.lora import LoRA
 from deltaprompt.deltas.prefix import Prefix
 from deltaprompt.deltas.soft_prompt import SoftPrompt
 from deltaprompt.errors import ConfigError, SiteError
+from deltaprompt.params import Param, normal
 from tests import backbones_zoo as zoo
 from tests.backbones_zoo import inputs_of
 

@@ -138,7 +138,9 @@ def test_an_error_of_the_disk_leaves_what_was_there(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StoreError, match="cannot be written .*No space left.*; what was saved there is as it was"):
+    with pytest.raises(
+        StoreError, match="cannot be written .*No space left.*; mend that and save again, nothing saved is lost"
+    ):
         saved(tmp_path, 8)
     assert version_in(tmp_path) == 7
     assert everything(tmp_path) == [JSON, TENSORS]

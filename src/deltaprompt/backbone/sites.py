@@ -175,6 +175,6 @@ class Sites(Mapping[str, Site]):
 
     def _no_match(self, selector: str) -> str:
         return (
-            f"selector {selector!r} matches no site of this backbone{nearest(selector, self.roles)}. "
+            f"selector {selector!r} matches no site of this backbone{nearest(selector, self.roles)} "
             "`deltaprompt inspect` prints the tree of all sites"
         )

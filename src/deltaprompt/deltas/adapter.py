@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from deltaprompt.backbone.sites import Site
-from deltaprompt.deltas._base import After, Delta, Param, Taxonomy, Weights, kaiming, zeros
+from deltaprompt.deltas._base import After, Delta, Taxonomy
 from deltaprompt.errors import ConfigError
+from deltaprompt.params import Param, Weights, kaiming, zeros
 
 SIGMA: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": functional.gelu,

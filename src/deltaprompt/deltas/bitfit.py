@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from deltaprompt.backbone.sites import Site
-from deltaprompt.deltas._base import After, Delta, Mergeable, Param, Taxonomy, Weights, zeros
+from deltaprompt.deltas._base import After, Delta, Mergeable, Taxonomy
+from deltaprompt.params import Param, Weights, zeros
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from deltaprompt.backbone.sites import Site
-from deltaprompt.deltas._base import After, Before, Delta, Mergeable, Param, Taxonomy, Weights, ones
+from deltaprompt.deltas._base import After, Before, Delta, Mergeable, Taxonomy
 from deltaprompt.errors import SiteError
+from deltaprompt.params import Param, Weights, ones
 
 
 @dataclass(frozen=True)

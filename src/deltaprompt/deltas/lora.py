@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from deltaprompt.backbone.sites import Site
-from deltaprompt.deltas._base import After, Delta, Mergeable, Param, Taxonomy, Weights, kaiming, zeros
+from deltaprompt.deltas._base import After, Delta, Mergeable, Taxonomy
 from deltaprompt.errors import ConfigError
+from deltaprompt.params import Param, Weights, kaiming, zeros
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from deltaprompt.backbone.sites import Site
-from deltaprompt.deltas._base import Delta, KeyValue, Param, Taxonomy, Weights, normal
+from deltaprompt.deltas._base import Delta, KeyValue, Taxonomy
 from deltaprompt.errors import ConfigError, SiteError
+from deltaprompt.params import Param, Weights, normal
 
 
 @dataclass(frozen=True)

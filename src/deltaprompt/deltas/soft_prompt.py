@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from deltaprompt.backbone.sites import Site
-from deltaprompt.deltas._base import After, Before, Delta, Param, Taxonomy, Weights, normal
+from deltaprompt.deltas._base import After, Before, Delta, Taxonomy
 from deltaprompt.errors import ConfigError
+from deltaprompt.params import Param, Weights, normal
 
 
 @dataclass(frozen=True)

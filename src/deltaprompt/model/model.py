@@ -15,11 +15,12 @@ from torch.nn.functional import cross_entropy
 from deltaprompt.backbone import Backbone
 from deltaprompt.backbone.continuation import prompted
 from deltaprompt.compose import Adapted, Index, Stack
-from deltaprompt.deltas._base import Delta, Weights
+from deltaprompt.deltas._base import Delta
 from deltaprompt.deltas.soft_prompt import SoftPrompt
 from deltaprompt.errors import ConfigError
 from deltaprompt.features import Encoded, Features
 from deltaprompt.model.task import Task
+from deltaprompt.params import Weights
 from deltaprompt.templates import parse
 from deltaprompt.types import AtMask, Batch, Example
 from deltaprompt.verbalizers._base import Answers, Setting, Started, Verbalizer, pooled

@@ -62,6 +62,7 @@ def fit(
     if checkpoints is not None and resume and checkpoints.newest() is None:
         before = finished(model, checkpoints)
         if before is not None:
+            checkpoints.clear()  # what is left where it was killed while it did so
             return before
     with chance_kept(model.device):
         loop = Loop(model, training, seed, checkpoints, progress or usual())

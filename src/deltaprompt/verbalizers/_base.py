@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from deltaprompt.backbone import Kind
-from deltaprompt.deltas._base import Param, Weights
 from deltaprompt.errors import ConfigError, nearest
+from deltaprompt.params import Param, Weights
 from deltaprompt.types import AtMask
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from deltaprompt.deltas._base import Param, Weights, zeros
+from deltaprompt.params import Param, Weights, zeros
 from deltaprompt.types import AtMask
 from deltaprompt.verbalizers._base import Setting, Started, Verbalizer, cosine, of_each, pooled
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from deltaprompt.deltas._base import Param, Weights
 from deltaprompt.errors import ConfigError
+from deltaprompt.params import Param, Weights
 from deltaprompt.types import AtMask
 from deltaprompt.verbalizers._base import Answers, Setting, Verbalizer, of_each
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from deltaprompt.deltas._base import Param, Weights, zeros
 from deltaprompt.errors import ConfigError
+from deltaprompt.params import Param, Weights, zeros
 from deltaprompt.types import AtMask
 from deltaprompt.verbalizers._base import Setting, Started, Verbalizer, cosine, of_each, pooled
 

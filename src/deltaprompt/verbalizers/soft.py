@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from deltaprompt.deltas._base import Param, Weights, normal, zeros
+from deltaprompt.params import Param, Weights, normal, zeros
 from deltaprompt.types import AtMask
 from deltaprompt.verbalizers._base import Setting, Verbalizer, pooled
 

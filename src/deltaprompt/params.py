@@ -1,0 +1,67 @@
+"""What trains: tensors stacked `[n, …]`, one slot per adaptation. A delta and a verbalizer say theirs as `Param`s."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+Init = Callable[[Tensor, torch.Generator], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    """One trainable tensor of a patch: the shape of one slot, and what it starts as."""
+
+    shape: tuple[int, ...]
+    init: Init
+
+    @property
+    def size(self) -> int:
+        """Numbers in one slot."""
+        return torch.Size(self.shape).numel()
+
+
+class Weights(Mapping[str, Tensor]):
+    """A patch's tensors as its maths sees them (one slot, or one a row), and whether the model is training."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], training: bool) -> None:
+        self._tensors = tensors
+        self.training = training
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def zeros(t: Tensor, _: torch.Generator) -> None:
+    """All zero."""
+    t.zero_()
+
+
+def ones(t: Tensor, _: torch.Generator) -> None:
+    """All one."""
+    t.fill_(1.0)
+
+
+def normal(std: float) -> Init:
+    """Independent normal numbers of mean 0."""
+    return partial(_normal, std)  # a partial, and no inner function, so that it pickles
+
+
+def _normal(std: float, t: Tensor, g: torch.Generator) -> None:
+    t.normal_(0.0, std, generator=g)
+
+
+def kaiming(t: Tensor, g: torch.Generator) -> None:
+    """Uniform in ±1/√in, PyTorch's own start of a linear map (He et al. 2015 with a = √5); t is [..., out, in]."""
+    bound = t.shape[-1] ** -0.5
+    t.uniform_(-bound, bound, generator=g)
