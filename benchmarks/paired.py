@@ -21,7 +21,14 @@ class Pair:
 
     def as_json(self) -> dict[str, object]:
         """The entry of results.json."""
-        return {"ours": self.ours, "peer": self.peer, "ratio": self.ratio, "low": self.low, "high": self.high, "unit": "ms"}
+        return {
+            "ours": self.ours,
+            "peer": self.peer,
+            "ratio": self.ratio,
+            "low": self.low,
+            "high": self.high,
+            "unit": "ms",
+        }
 
 
 def turns(runs: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:

@@ -88,7 +88,11 @@ def competitors(size: str, training: bool) -> dict[str, Callable[[], object]]:
             start = state["at"] % len(rows)
             state["at"] += BATCH
             batch = [f"{row} {mask} ." for row in rows[start : start + BATCH]]
-            padding: dict[str, Any] = {"padding": "max_length" if whole else "longest", "max_length": LONGEST, "truncation": True}
+            padding: dict[str, Any] = {
+                "padding": "max_length" if whole else "longest",
+                "max_length": LONGEST,
+                "truncation": True,
+            }
             inputs = tokenizer(batch, return_tensors="pt", return_token_type_ids=False, **padding)
             if not training:
                 with torch.inference_mode():

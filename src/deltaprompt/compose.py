@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -279,6 +280,16 @@ class Adapted(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if self._attention is not None:
             attention.register(self._attention)
+
+
+def carries_deltas(model: nn.Module) -> bool:
+    """Whether any patch is attached to a model."""
+    hooks = (
+        hook
+        for module in model.modules()
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values(), *attention.hooks_of(module))
+    )
+    return any(isinstance(hook, MethodType) and isinstance(hook.__self__, Patch) for hook in hooks)
 
 
 def sites_of(delta: Delta, backbone: Backbone) -> list[Site]:

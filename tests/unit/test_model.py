@@ -343,3 +343,24 @@ def test_a_backbone_that_is_cast_after_it_was_wrapped_keeps_its_head(family):
 def test_an_unknown_backbone_is_an_error():
     with pytest.raises(BackboneError, match="no backbone"):
         load("/nowhere/at/all")
+
+
+# One backbone, one model at a time
+
+
+@pytest.mark.parametrize("delta", [LoRA(), Prefix()])
+def test_a_second_model_on_a_backbone_that_carries_deltas_is_refused(delta):
+    backbone = zoo.build("bert")
+    first = adapt(backbone, TASK, [delta])
+    with pytest.raises(ConfigError, match=r"already carries another model's deltas.*remove\(\)"):
+        adapt(backbone, TASK)
+    first.adapted.remove()
+    adapt(backbone, TASK)
+
+
+def test_a_model_that_is_refused_leaves_the_backbone_as_it_was():
+    backbone = zoo.build("bert")
+    with pytest.raises(ConfigError):
+        adapt(backbone, Task("{text} It was {mask} .", WORDS, LabelWords({"pos": "good"})), [LoRA()])
+    assert not any(module._forward_hooks for module in backbone.model.modules())
+    assert all(p.requires_grad for p in backbone.model.parameters())

@@ -37,6 +37,11 @@ def hooks_at(module: nn.Module) -> list[KeyValueHook]:
     return hooks
 
 
+def hooks_of(module: nn.Module) -> tuple[KeyValueHook, ...]:
+    """The key-value hooks that a module has; unlike `hooks_at` it leaves one without any untouched."""
+    return tuple(vars(module).get(KEY, ()))
+
+
 def take_away(module: nn.Module, hook: KeyValueHook) -> None:
     """Removes one hook of an attention module, and leaves nothing behind after the last."""
     hooks = hooks_at(module)
@@ -88,7 +93,7 @@ def register(base: str) -> None:
 def attend(base: str, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kw: Any) -> Any:
     """The attention that `base` names, on the keys and values that the site's hooks return."""
     columns = k.shape[-2]
-    for hook in vars(module).get(KEY, ()):
+    for hook in hooks_of(module):
         k, v = hook(k, v)
     added = k.shape[-2] - columns
     if added:

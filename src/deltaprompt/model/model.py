@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from deltaprompt.backbone import Backbone
 from deltaprompt.backbone.continuation import prompted
-from deltaprompt.compose import Adapted, Index, Stack
+from deltaprompt.compose import Adapted, Index, Stack, carries_deltas
 from deltaprompt.deltas._base import Delta
 from deltaprompt.deltas.soft_prompt import SoftPrompt
 from deltaprompt.errors import ConfigError
@@ -32,12 +32,13 @@ BARE = "{text}"
 class Scorer(Stack):
     """A verbalizer with its tensors: those that train, one slot per adaptation, and those that do not."""
 
-    def __init__(self, verbalizer: Verbalizer, setting: Setting, slots: int, adapted: Adapted, like: Tensor) -> None:
-        super().__init__(verbalizer.params(setting), slots, adapted.routing, like)
+    def __init__(self, verbalizer: Verbalizer, setting: Setting, constants: Mapping[str, Tensor], of: Adapted) -> None:
+        like = next(of.model.parameters())
+        super().__init__(verbalizer.params(setting), of.slots, of.routing, like)
         self.verbalizer = verbalizer
         self.setting = setting
-        self.constants = tuple(verbalizer.constants(setting))
-        for name, tensor in verbalizer.constants(setting).items():
+        self.constants = tuple(constants)
+        for name, tensor in constants.items():
             self.register_buffer(name, tensor.to(like.device), persistent=False)
 
     def forward(self, at: AtMask) -> Tensor:
@@ -57,9 +58,15 @@ class Model(nn.Module):
         self.chosen = tuple(deltas)
         verbalizer = task.settled(backbone)
         self.features = _features(backbone, task, verbalizer, self.chosen)
-        self.adapted = Adapted(backbone, _placed(self.chosen, self.features, backbone), len(seeds), seeds)
         setting = Setting(task.names, backbone.kind, backbone.width, self.features.answer_ids)
-        self.scorer = Scorer(verbalizer, setting, len(seeds), self.adapted, next(backbone.model.parameters()))
+        constants = verbalizer.constants(setting)  # whatever is wrong is said before anything is attached
+        if carries_deltas(backbone.model):
+            raise ConfigError(
+                "this backbone already carries another model's deltas, which would act here too; take them off it with "
+                "that model's .adapted.remove(), or load the backbone again"
+            )
+        self.adapted = Adapted(backbone, _placed(self.chosen, self.features, backbone), len(seeds), seeds)
+        self.scorer = Scorer(verbalizer, setting, constants, self.adapted)
         self.scorer.start(seeds)
         self._begin_soft_words()
         self.train(False)
