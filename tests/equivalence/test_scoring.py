@@ -63,7 +63,9 @@ def made(family, words, deltas=(), slots=1, template=TEMPLATE):
 
 def of_length(family, lengths, template=TEMPLATE):
     """A different word for each of the lengths, in tokens."""
-    features = Model(shared(family), Task(template, ["good", "bad"]), []).features
+    model = Model(shared(family), Task(template, ["good", "bad"]), [])
+    model.adapted.remove()
+    features = model.features
     sized = {}
     for word in (*CANDIDATES, *map(" ".join, pairwise(CANDIDATES))):
         with suppress(ConfigError):
