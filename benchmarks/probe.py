@@ -8,26 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import warnings
 from pathlib import Path
-
-import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
 import deltaprompt as dp
 from deltaprompt.cli.data import Deal, rows
+from deltaprompt.cli.probe import embedded, regression
 from deltaprompt.cli.recipe import build, read_toml
-
-INVERSE_STRENGTHS = [10.0**power for power in range(-2, 5)]
-
-
-def embedded(backbone: dp.Backbone, examples: list[dp.Example], max_length: int | None) -> torch.Tensor:
-    """Frozen embeddings [n, d]."""
-    model = dp.adapt(backbone, dp.Task("{text}", ("a", "b"), dp.Prototypes(), max_length=max_length))
-    states = model.embed(model.features, examples)
-    return torch.nn.functional.normalize(states, dim=-1)
 
 
 def main() -> None:
@@ -43,12 +29,8 @@ def main() -> None:
     each = []
     for seed in recipe.seeds:
         support = list(Deal(recipe, train, None)(seed)[0])
-        folds = StratifiedKFold(4, shuffle=True, random_state=0)
-        search = GridSearchCV(LogisticRegression(max_iter=5000), {"C": INVERSE_STRENGTHS}, cv=folds)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            search.fit(embedded(backbone, support, recipe.task.max_length), [e.label for e in support])
-        each.append(float(search.score(tested, gold)))
+        states = embedded(backbone, support, recipe.task.max_length)
+        each.append(float(regression(states, [e.label for e in support]).score(tested, gold)))
     print(json.dumps({"mean": statistics.fmean(each), "std": statistics.stdev(each), "each": each}))
 
 

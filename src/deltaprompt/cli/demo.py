@@ -13,8 +13,6 @@ import typer
 from deltaprompt.cli import console, options
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from deltaprompt.backbone import Backbone
     from deltaprompt.types import Example
 
@@ -33,7 +31,6 @@ NEW = (
     "Honestly the nicest people I have ever had on a helpline. You made my week!",
 )
 COLUMNS = ("", "accuracy", "macro F1", "trained parameters", "file", "seconds")
-INVERSE_STRENGTHS = [10.0**power for power in range(-2, 5)]  # C of the probe, chosen by cross-validation
 Scores = Mapping[str, Mapping[str, Any]]
 Supports = Mapping[int, tuple[Sequence["Example"], Sequence["Example"]]]
 
@@ -81,11 +78,13 @@ def _probe(backbone: Backbone, supports: Supports, test: Sequence[Example]) -> l
     """A logistic regression on frozen embeddings of the same examples."""
     from sklearn.metrics import accuracy_score, f1_score
 
+    from deltaprompt.cli.probe import embedded, regression
+
     begun = time.perf_counter()
     gold, each = [e.label for e in test], list[tuple[float, float]]()
-    tested = _embedded(backbone, test)
+    tested = embedded(backbone, test)
     for train, _ in supports.values():
-        fitted = _regression(_embedded(backbone, train), [e.label for e in train])
+        fitted = regression(embedded(backbone, train), [e.label for e in train])
         found = fitted.predict(tested)
         each.append((accuracy_score(gold, found), f1_score(gold, found, average="macro")))
     spent, width = time.perf_counter() - begun, tested.shape[1]
@@ -93,26 +92,6 @@ def _probe(backbone: Backbone, supports: Supports, test: Sequence[Example]) -> l
         name: _told(values) for name, values in zip(("accuracy", "macro_f1"), zip(*each, strict=True), strict=True)
     }
     return ["frozen logistic probe", *_cells(scores), f"{len(DESCRIPTIONS) * (width + 1):,}", "–", f"{spent:.1f}"]
-
-
-def _embedded(backbone: Backbone, examples: Sequence[Example]) -> Tensor:
-    """Frozen mean-pooled embeddings of length 1 [n, d]."""
-    from torch.nn.functional import normalize
-
-    from deltaprompt.model import Task, adapt
-
-    model = adapt(backbone, Task("{text}", DESCRIPTIONS))
-    states = model.embed(model.features, examples)
-    model.adapted.remove()
-    return normalize(states, dim=-1)
-
-
-def _regression(states: Tensor, labels: Sequence[str | None]) -> Any:
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GridSearchCV, StratifiedKFold
-
-    folds = StratifiedKFold(min(4, len(labels) // len(DESCRIPTIONS)), shuffle=True, random_state=0)
-    return GridSearchCV(LogisticRegression(max_iter=5000), {"C": INVERSE_STRENGTHS}, cv=folds).fit(states, labels)
 
 
 def _prompt_and_delta(backbone: Backbone, supports: Supports, test: Sequence[Example], out: Path) -> list[str]:
