@@ -20,7 +20,7 @@ from deltaprompt.backbone.sites import Sites
 from deltaprompt.errors import BackboneError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 Kind = Literal["masked", "causal", "seq2seq", "encoder"]
 DEMO = "demo"
@@ -113,6 +113,15 @@ class Backbone:
 ROWS_AFTER_PAD = ("roberta", "xlm-roberta", "camembert", "mpnet")  # positions start after the padding index
 
 
+POOLED = (
+    "bert",
+    "roberta",
+    "xlm-roberta",
+    "mpnet",
+    "albert",
+)  # architectures whose pooling layer is never read here, and would have no gradient
+
+
 def load(
     name: str | Path,
     *,
@@ -145,7 +154,7 @@ def load(
     kind = kind or kind_of(config.to_dict())
     if kind not in get_args(Kind):
         raise BackboneError(f"kind {kind!r} is unknown; possible: {', '.join(get_args(Kind))}")
-    model = _model(source, kind, dtype, attention, revision)
+    model = _model(source, config, kind, dtype, attention, revision)
     tokenizer = _tokenizer(source, revision)
     backbone = wrap(model, tokenizer, kind=kind, name=str(name))
     device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
@@ -184,7 +193,12 @@ def kind_of(config: Mapping[str, Any]) -> Kind:
 
 
 def _model(
-    source: str, kind: Kind, dtype: str | torch.dtype, attention: str | None, revision: str | None
+    source: str,
+    config: PreTrainedConfig,
+    kind: Kind,
+    dtype: str | torch.dtype,
+    attention: str | None,
+    revision: str | None,
 ) -> PreTrainedModel:
     import transformers
 
@@ -195,7 +209,7 @@ def _model(
         "encoder": transformers.AutoModel,
     }
     options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
-    options |= {"add_pooling_layer": False} if kind == "encoder" and _has_pooler(source, revision) else {}
+    options |= {"add_pooling_layer": False} if kind == "encoder" and config.model_type in POOLED else {}
     if isinstance(dtype, str) and dtype not in ("auto", "float32", "bfloat16", "float16", "float64"):
         raise BackboneError(f"dtype {dtype!r} is unknown; possible: float32, bfloat16, float16, float64, auto")
     try:
@@ -228,19 +242,6 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-def _has_pooler(source: str, revision: str | None) -> bool:
-    """Whether the architecture has a pooling layer that this library never reads (and that would have no gradient)."""
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(source, revision=revision).model_type in (
-        "bert",
-        "roberta",
-        "xlm-roberta",
-        "mpnet",
-        "albert",
-    )
 
 
 def _tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerFast:

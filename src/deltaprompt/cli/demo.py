@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -79,6 +78,7 @@ def _probe(backbone: Backbone, supports: Supports, test: Sequence[Example]) -> l
     from sklearn.metrics import accuracy_score, f1_score
 
     from deltaprompt.cli.probe import embedded, regression
+    from deltaprompt.trainer.seeds import told
 
     begun = time.perf_counter()
     gold, each = [e.label for e in test], list[tuple[float, float]]()
@@ -89,7 +89,7 @@ def _probe(backbone: Backbone, supports: Supports, test: Sequence[Example]) -> l
         each.append((accuracy_score(gold, found), f1_score(gold, found, average="macro")))
     spent, width = time.perf_counter() - begun, tested.shape[1]
     scores = {
-        name: _told(values) for name, values in zip(("accuracy", "macro_f1"), zip(*each, strict=True), strict=True)
+        name: told(values) for name, values in zip(("accuracy", "macro_f1"), zip(*each, strict=True), strict=True)
     }
     return ["frozen logistic probe", *_cells(scores), f"{len(DESCRIPTIONS) * (width + 1):,}", "–", f"{spent:.1f}"]
 
@@ -110,11 +110,6 @@ def _prompt_and_delta(backbone: Backbone, supports: Supports, test: Sequence[Exa
     )
     size = console.size(result.best.bytes)
     return ["prompt + delta", *_cells(result.test), f"{result.best.trainable:,}", size, f"{result.seconds:.1f}"]
-
-
-def _told(each: Sequence[float]) -> dict[str, Any]:
-    std = statistics.stdev(each) if len(each) > 1 else 0.0
-    return {"mean": statistics.fmean(each), "std": std, "each": each}
 
 
 def _cells(scores: Scores) -> list[str]:

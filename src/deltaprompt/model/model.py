@@ -120,8 +120,9 @@ class Model(nn.Module):
             [self.features.label_index(_label(e)) for e in examples], dtype=torch.long, device=self.device
         )
         support = self.embed(self.features, examples, slot, batch_size)
-        described = [Example(dict.fromkeys(self._plain.template.fields, text)) for text in verbalizer.texts(setting)]
-        texts = self.embed(self._plain, described, slot, batch_size)
+        plain = self._plain
+        described = [Example(dict.fromkeys(plain.template.fields, text)) for text in verbalizer.texts(setting)]
+        texts = self.embed(plain, described, slot, batch_size)
         for name, tensor in verbalizer.start(setting, texts, support, classes).items():
             self.scorer.tensors[name][slot].copy_(tensor)
 
