@@ -9,7 +9,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from deltaprompt.errors import ConfigError
+
 Init = Callable[[Tensor, torch.Generator], None]
+Map = tuple[Tensor, Tensor | None]  # weight [out, in] of a linear map (of a norm: [d]) and bias [out]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +31,9 @@ class Param:
 class Weights(Mapping[str, Tensor]):
     """A patch's tensors as its maths sees them (one slot, or one a row), and whether the model is training."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], training: bool) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], training: bool, frozen: Callable[[], Map] | None = None) -> None:
         self._tensors = tensors
+        self._frozen = frozen
         self.training = training
 
     def __getitem__(self, name: str) -> Tensor:
@@ -40,6 +44,12 @@ class Weights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+    def frozen(self) -> Map:
+        """The site's own frozen weight [out, in] and bias [out] (None where it has none), in the tensors' precision."""
+        if self._frozen is None:
+            raise ConfigError("only a delta at a linear map or a norm sees a frozen weight; choose such sites")
+        return self._frozen()
 
 
 def zeros(t: Tensor, _: torch.Generator) -> None:
@@ -59,6 +69,15 @@ def normal(std: float) -> Init:
 
 def _normal(std: float, t: Tensor, g: torch.Generator) -> None:
     t.normal_(0.0, std, generator=g)
+
+
+def constant(value: float) -> Init:
+    """All the same number."""
+    return partial(_constant, value)
+
+
+def _constant(value: float, t: Tensor, _: torch.Generator) -> None:
+    t.fill_(value)
 
 
 def kaiming(t: Tensor, g: torch.Generator) -> None:

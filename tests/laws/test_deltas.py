@@ -170,7 +170,7 @@ def test_every_parameter_learns(name, family):
         inputs = inputs_for(name, adapted.backbone)
         if made(name).acts_on == ("embed",):
             inputs["input_ids"][0] = adapted.backbone.vocabulary + torch.arange(7)
-        sgd = torch.optim.SGD(adapted.patches.parameters(), lr=0.1)
+        sgd = torch.optim.SGD([p for _, p in adapted.parts()], lr=0.1)
         largest = {n: 0.0 for n, _ in adapted.parts()}
         for _ in range(2):
             sgd.zero_grad()
@@ -200,7 +200,7 @@ def test_each_row_of_a_mixed_batch_is_that_adaptation_alone(name, family):
 def trained(name, family, seeds, inputs, index):
     """Each slot's parameters after two steps on the sum of the rows' losses."""
     with attached(name, family, len(seeds), seeds, random=False) as adapted:
-        adam = torch.optim.AdamW(adapted.patches.parameters(), lr=0.01)
+        adam = torch.optim.AdamW([p for _, p in adapted.parts()], lr=0.01)
         for _ in range(2):
             adam.zero_grad()
             loss_of(adapted.states(inputs, index), mask_of(inputs)).backward()

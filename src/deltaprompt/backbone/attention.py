@@ -66,19 +66,26 @@ def base_of(model: PreTrainedModel) -> str:
     return base
 
 
-def install(model: PreTrainedModel) -> str | None:
-    """Puts our function in front of the model's attention; returns what `uninstall` wants, None if it was there."""
+def install(model: PreTrainedModel) -> None:
+    """Puts our function in front of the model's attention, where it is not there yet."""
     base = base_of(model)
-    if model.config._attn_implementation != base:
-        return None
-    register(base)
-    model.set_attn_implementation(PREFIX + base)
-    return base
+    if model.config._attn_implementation == base:
+        register(base)
+        model.set_attn_implementation(PREFIX + base)
 
 
-def uninstall(model: PreTrainedModel, base: str) -> None:
-    """Gives the model back the attention it had."""
-    model.set_attn_implementation(base)
+def release(model: PreTrainedModel) -> None:
+    """Gives the model back the attention it had, once no module has a hook."""
+    base = str(model.config._attn_implementation)
+    if base.startswith(PREFIX) and not any(hooks_of(module) for module in model.modules()):
+        model.set_attn_implementation(base.removeprefix(PREFIX))
+
+
+def known(model: PreTrainedModel) -> None:
+    """Makes our function known to transformers where a model that came from another process runs it."""
+    base = str(model.config._attn_implementation)
+    if base.startswith(PREFIX):
+        register(base.removeprefix(PREFIX))
 
 
 def register(base: str) -> None:

@@ -43,6 +43,8 @@ class Site:
     outputs: int  # size of what leaves (for attn: heads of k and v times their size)
     heads: int = 0  # attn only: heads of k and v
     part: Part | None = None
+    entry: str = ""  # ffn only: path of the map where the block's input enters
+    biased: bool = False  # linear and norm: whether the module has a bias
 
     def among(self, selectors: Iterable[str]) -> bool:
         """Whether one of the selectors, layer ranges aside, speaks of this site."""

@@ -4,13 +4,15 @@ A method is a frozen dataclass: its fields are its configuration, its command-li
 its methods are its maths on tensors that broadcast. Every parameter is stacked `[n, …]`, one slot per adaptation. The
 maths sees either one slot (`a` of shape `[r, d]`) or one slot per row (`[rows, r, d]`) and must be right for both; a
 vector is declared `[1, d]`, so that it broadcasts over the positions of a row.
+
+`Delta` is what every method has; the other classes here are abilities, of which a method takes those it needs.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -23,11 +25,17 @@ Taxonomy = Literal["addition", "specification", "reparametrisation"]
 
 @dataclass(frozen=True)
 class Delta(ABC):
-    """What every method has: where it goes by default, its parameters at a site, and what it does there."""
+    """What every method has: where it goes by default, its parameters at a site, and what it does there.
+
+    Args:
+        gated: whether what it changes is weighted by a learned gate in (0, 1): y + σ(w x + b) (y' − y) at every token;
+            a prefix, which sees no input, is weighted by σ(b) (UniPELT: Mao et al. 2022, section 3).
+    """
 
     taxonomy: ClassVar[Taxonomy]
     acts_on: ClassVar[tuple[str, ...]] = ("linear",)  # kinds of sites
     identity_at_start: ClassVar[bool] = True
+    gated: bool = field(default=False, kw_only=True)
 
     @abstractmethod
     def selectors(self) -> Sequence[str]:
@@ -59,7 +67,7 @@ class KeyValue(ABC):
 
     @abstractmethod
     def key_value(self, w: Weights, site: Site, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """k', v' from k, v [b, heads, s, size]."""
+        """k', v' from k, v [b, heads, s, size]; further ones are put in front."""
 
 
 class Mergeable(ABC):
@@ -68,3 +76,43 @@ class Mergeable(ABC):
     @abstractmethod
     def merged(self, w: Weights, site: Site, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(W', b') of a linear map [out, in], [out] (or of a norm, [d]) that does what the map and the delta do."""
+
+
+class Shared(ABC):
+    """A delta with trainable tensors that all its sites share; its maths finds them in `w` beside the site's own."""
+
+    @abstractmethod
+    def shared(self, sites: Sequence[Site]) -> Mapping[str, Param]:
+        """The tensors that the sites share, by name; counted and saved once."""
+
+
+class Fixed(ABC):
+    """A delta with numbers that do not train, drawn from a seed of its options: the same in all slots, never saved."""
+
+    @abstractmethod
+    def fixed(self, sites: Sequence[Site]) -> Mapping[str, Tensor]:
+        """The numbers by name, without an axis for the slots; a site's own may go by the site's name."""
+
+
+class Started(ABC):
+    """A delta that starts from the frozen weight of its site."""
+
+    @abstractmethod
+    def start(self, w: Weights, site: Site) -> Mapping[str, Tensor]:
+        """What tensors of one slot begin as, by name, given their first values in `w` and the site's `w.frozen()`."""
+
+
+class Computed(ABC):
+    """A delta whose maths sees tensors computed from those that train."""
+
+    @abstractmethod
+    def computed(self, w: Weights, site: Site) -> Mapping[str, Tensor]:
+        """All tensors that the maths sees, from those of one slot `[…]`, or of all slots `[n, …]` at once."""
+
+
+class Reparametrised(Computed):
+    """A delta that trains other tensors than it needs later: only the computed ones are saved, as a plainer delta's."""
+
+    @abstractmethod
+    def plain(self) -> Delta:
+        """The delta whose tensors, at every site, are the computed ones."""

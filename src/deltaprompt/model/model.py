@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from deltaprompt.backbone import Backbone
 from deltaprompt.backbone.continuation import prompted
-from deltaprompt.compose import Adapted, Index, Stack, carries_deltas
+from deltaprompt.compose import Adapted, Index, Stack, carries_deltas, plain
 from deltaprompt.deltas._base import Delta
 from deltaprompt.deltas.soft_prompt import SoftPrompt
 from deltaprompt.errors import ConfigError
@@ -188,6 +188,16 @@ class Model(nn.Module):
             yield f"delta.{name}", tensor
         for name, tensor in self.scorer.tensors.items():
             yield f"verbalizer.{name}", tensor
+
+    def stored(self, slot: int = 0) -> dict[str, Tensor]:
+        """What is kept of one slot, by stored name: what trains, and of a reparametrised delta what it computes."""
+        kept = {f"delta.{name}": tensor for name, tensor in self.adapted.stored(slot).items()}
+        return kept | {f"verbalizer.{name}": tensor.detach()[slot] for name, tensor in self.scorer.tensors.items()}
+
+    def settle(self) -> None:
+        """Every reparametrised delta becomes the plain one that it computes, as `save` keeps it; answers stay."""
+        self.adapted.settle()
+        self.chosen = tuple(plain(delta) for delta in self.chosen)
 
     def parameter_count(self) -> int:
         """Trainable numbers of one adaptation."""

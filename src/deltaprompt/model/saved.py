@@ -18,6 +18,7 @@ from deltaprompt import store
 from deltaprompt.backbone import Backbone, load
 from deltaprompt.backbone.fingerprint import fingerprint
 from deltaprompt.backbone.load import DEMO
+from deltaprompt.compose import plain
 from deltaprompt.errors import BackboneError, ConfigError, DeltaPromptError, StoreError
 from deltaprompt.model.model import Model
 from deltaprompt.model.task import Task
@@ -65,6 +66,7 @@ def save(
     Raises:
         StoreError: the folder cannot be written, or the record has what JSON cannot hold.
     """
+    kept = tensors(model, slot)
     record = {
         "deltaprompt": version(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -72,13 +74,13 @@ def save(
         "template": model.task.template,
         "labels": model.task.names,
         "verbalizer": described("verbalizers", model.verbalizer),
-        "deltas": [described("deltas", delta) for delta in model.chosen],
+        "deltas": [described("deltas", plain(delta)) for delta in model.chosen],
         "max_length": model.features.max_length,
-        "parameters": model.parameter_count(),
+        "parameters": sum(tensor.numel() for tensor in kept.values()),
         "training": training,
         "metrics": metrics,
     }
-    return store.write(folder, record, tensors(model, slot))
+    return store.write(folder, record, kept)
 
 
 def open_(
@@ -120,16 +122,20 @@ def describe(folder: str | Path) -> dict[str, Any]:
 
 
 def tensors(model: Model, slot: int = 0) -> dict[str, Tensor]:
-    """Every trained tensor of one slot, by stored name."""
+    """What is kept of one slot, by stored name; of a reparametrised delta what it computes."""
     if not 0 <= slot < model.adapted.slots:
         raise ConfigError(f"there is no slot {slot}; this model has the slots 0 to {model.adapted.slots - 1}")
-    return {name: tensor.detach()[slot] for name, tensor in model.parts()}
+    return model.stored(slot)
 
 
 @torch.no_grad()
 def fill(model: Model, saved: Mapping[str, Tensor], slot: int = 0) -> None:
-    """Writes tensors, which must be exactly the model's, into one slot; nothing is written where one does not fit."""
-    own = tensors(model, slot)
+    """Writes tensors, which must be exactly the model's, into one slot; nothing is written where one does not fit.
+
+    Reparametrised deltas become the plain ones that are saved.
+    """
+    model.settle()
+    own = {name: tensor.detach()[slot] for name, tensor in model.parts()}
     for name, tensor in own.items():
         if name not in saved:
             raise StoreError(f"the saved tensors lack {name!r}, which this model has; they are of another adaptation")

@@ -128,6 +128,7 @@ class Loop:
             self.model.eval()
             self.shown.done()
         run = self._result()
+        self.model.settle()
         self._save(run)
         if self.checkpoints is not None and self.main:
             self.checkpoints.clear()

@@ -1,0 +1,299 @@
+"""`Adapted`: a backbone with deltas at its sites.
+
+Attaching, slots, removal, freezing, counting and merging are written here, once for all methods.
+
+Every delta becomes `Patch`es, one a site, held by PyTorch's own forward hooks on the backbone's modules; nothing of the
+backbone is replaced or renamed. After `remove` it is bitwise what it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from types import MethodType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
+
+from deltaprompt.backbone import Backbone, attention
+from deltaprompt.compose.freezing import freeze, thaw
+from deltaprompt.compose.merging import merged
+from deltaprompt.compose.patch import Patch
+from deltaprompt.compose.placing import sites_of
+from deltaprompt.compose.routing import Index, Routing
+from deltaprompt.compose.stack import Common, Stack
+from deltaprompt.deltas._base import After, Before, Delta, Fixed, KeyValue, Reparametrised, Shared
+from deltaprompt.errors import ConfigError
+
+SHARED = "shared"  # where a site's name stands in the stored name of a tensor, for those of all sites of a delta
+
+
+class Adapted(nn.Module):
+    """A frozen backbone and the patches of its deltas; an `nn.Module` that owns both.
+
+    Args:
+        backbone: it is frozen until `remove`.
+        deltas: in the order in which they act at a site.
+        slots: adaptations that live side by side.
+        seeds: one a slot; what its parameters start from.
+    """
+
+    def __init__(
+        self, backbone: Backbone, deltas: Sequence[Delta], slots: int = 1, seeds: Sequence[int] | None = None
+    ) -> None:
+        super().__init__()
+        seeds = [0] * slots if seeds is None else seeds
+        if slots < 1 or len(seeds) != slots:
+            raise ConfigError(
+                f"{len(seeds)} seeds for {slots} slots; one or more slots, and a seed for each, are possible"
+            )
+        self.backbone = backbone
+        self.model = backbone.model
+        self.deltas: tuple[Delta, ...] = ()
+        self.slots = slots
+        self.seeds = tuple(seeds)
+        self.routing = Routing()
+        self.patches = nn.ModuleList()
+        self.commons = nn.ModuleList()  # one a delta
+        self._handles: list[RemovableHandle] = []
+        self._attached = False
+        self._before_merge: dict[str, Tensor] | None = None
+        for number, delta in enumerate(deltas):
+            self._take(delta, *self._made(delta, number, len(self.patches)))
+        freeze(self.model)
+        self._hook()
+
+    # Attaching and removing
+
+    def attach(self, delta: Delta) -> None:
+        """Puts one more delta around those that are there, started from the slots' seeds."""
+        self._check_open()
+        common, patches = self._made(delta, len(self.deltas), len(self.patches))
+        self._unhook()
+        self._take(delta, common, patches)
+        self._hook()
+
+    def detach(self, number: int = -1) -> None:
+        """Takes one delta away, by its place in `deltas`; the others keep what they have learned and their order."""
+        self._check_open()
+        if not -len(self.deltas) <= number < len(self.deltas):
+            raise ConfigError(f"there is no delta {number}; this backbone carries {len(self.deltas)}, counted from 0")
+        number %= len(self.deltas)
+        self._unhook()
+        self.deltas = tuple(delta for n, delta in enumerate(self.deltas) if n != number)
+        self.commons = nn.ModuleList(common for n, common in enumerate(self.commons) if n != number)
+        self.patches = nn.ModuleList(patch for patch in self._placed() if patch.number != number)
+        for patch in self._placed():
+            patch.number -= patch.number > number
+        self._hook()
+
+    def remove(self) -> Backbone:
+        """Takes every delta away and gives the backbone back as it was, bitwise; what is merged stays merged."""
+        self._release()
+        self.deltas = ()
+        self.patches, self.commons = nn.ModuleList(), nn.ModuleList()
+        self._before_merge = None
+        return self.backbone
+
+    def _release(self) -> None:
+        """The hooks taken away, and the backbone no longer frozen by this."""
+        self._unhook()
+        if self._attached:
+            thaw(self.model)
+        self._attached = False
+
+    def _check_open(self) -> None:
+        if not self._attached:
+            raise ConfigError("the deltas are merged or removed; unmerge() first, or make a new Adapted")
+
+    def _made(self, delta: Delta, number: int, place: int) -> tuple[Common, list[Patch]]:
+        """A delta's patches, one a site, and what they share; nothing is attached yet."""
+        sites = sites_of(delta, self.backbone)
+        anywhere = next(self.model.parameters())
+        shared = delta.shared(sites) if isinstance(delta, Shared) else {}
+        fixed = delta.fixed(sites) if isinstance(delta, Fixed) else {}
+        common = Common(shared, fixed, self.slots, self.routing, anywhere)
+        common.start([_mixed(seed, -1 - number) for seed in self.seeds])
+        patches: list[Patch] = []
+        for site in sites:
+            module = self.model.get_submodule(site.path)
+            like = next(module.parameters(), anywhere)
+            patch = Patch(number, delta, site, self.slots, self.routing, like, common)
+            patch.start([_mixed(seed, place + len(patches)) for seed in self.seeds])
+            patch.begin(module)
+            patches.append(patch)
+        return common, patches
+
+    def _take(self, delta: Delta, common: Common, patches: Sequence[Patch]) -> None:
+        self.deltas += (delta,)
+        self.commons.append(common)
+        self.patches.extend(patches)
+
+    def _placed(self) -> list[Patch]:
+        return cast(list[Patch], list(self.patches))
+
+    def _hook(self) -> None:
+        """Registers the hooks that the patches need, in the order of the deltas."""
+        changed = {patch.site.path for patch in self._placed() if isinstance(patch.delta, Before)}
+        for patch in self._placed():
+            site, delta = patch.site, patch.delta
+            module = self.model.get_submodule(site.path)
+            if isinstance(delta, After) and (site.entry or site.path in changed or site.kind == "layer"):
+                entry = self.model.get_submodule(site.entry or site.path)
+                self._handles.append(entry.register_forward_pre_hook(patch.enter, prepend=True, with_kwargs=True))
+            elif isinstance(delta, Before):
+                self._handles.append(module.register_forward_pre_hook(patch.enter, prepend=True, with_kwargs=True))
+            if isinstance(delta, After):
+                self._handles.append(module.register_forward_hook(patch.leave))
+            if isinstance(delta, KeyValue):
+                attention.install(self.model)
+                attention.hooks_at(module).append(patch.key_value)
+        self._attached = True
+
+    def _unhook(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if not self._attached:
+            return
+        for patch in self._placed():
+            if isinstance(patch.delta, KeyValue):
+                attention.take_away(self.model.get_submodule(patch.site.path), patch.key_value)
+        attention.release(self.model)
+
+    # Running
+
+    def forward(self, *args: Any, adaptation: Index = None, **inputs: Any) -> Any:
+        """The backbone's own forward; `adaptation` is a slot, or one slot a row [rows]."""
+        self.route(adaptation)
+        return self.model(*args, **inputs)
+
+    def states(self, inputs: Mapping[str, Tensor], adaptation: Index = None) -> Tensor:
+        """The last hidden states [b, s, d] without the head."""
+        self.route(adaptation)
+        return self.backbone.states(inputs)
+
+    def route(self, index: Index) -> None:
+        """The rows of the passes to come belong to `index`."""
+        if isinstance(index, int) and not 0 <= index < self.slots:
+            raise ConfigError(f"adaptation {index} was named; 0 to {self.slots - 1} are possible")
+        self.routing.index = index
+
+    @contextmanager
+    def repeated(self, times: int) -> Iterator[None]:
+        """Within it every row stands for `times` rows that follow one another."""
+        index = self.routing.index
+        with self.routing.at(index.repeat_interleave(times) if isinstance(index, Tensor) else index):
+            yield
+
+    def checkpointing(self, on: bool = True) -> None:
+        """Whether the backward pass computes layers again, in the slots of their own forward pass, to save memory."""
+        if not self.model.supports_gradient_checkpointing:
+            raise ConfigError(
+                f"{type(self.model).__name__} cannot compute its layers again; train it without checkpointing"
+            )
+        again = partial(checkpoint, use_reentrant=False, context_fn=self.routing.replay)
+        self.model._set_gradient_checkpointing(enable=on, gradient_checkpointing_func=again)
+
+    # Its tensors
+
+    def parts(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The stacked tensors by stored name: `<number of the delta>.<site>.<tensor>`, or `….shared.<tensor>`."""
+        for number, common in enumerate(cast(list[Stack], list(self.commons))):
+            for name, tensor in common.tensors.items():
+                yield f"{number}.{SHARED}.{name}", tensor
+        for patch in self._placed():
+            for name, tensor in patch.tensors.items():
+                yield f"{patch.number}.{patch.site.name}.{name}", tensor
+
+    def parameter_count(self) -> int:
+        """Trainable numbers of one adaptation."""
+        stacks = cast(list[Stack], [*self.commons, *self.patches])
+        return sum(spec.size for stack in stacks for spec in stack.specs.values())
+
+    @torch.no_grad()
+    def stored(self, slot: int = 0) -> dict[str, Tensor]:
+        """What is kept of one slot, by stored name: what trains, and of a reparametrised delta what it computes."""
+        computed = {str(n) for n, delta in enumerate(self.deltas) if isinstance(delta, Reparametrised)}
+        kept = {name: t.detach()[slot] for name, t in self.parts() if name.partition(".")[0] not in computed}
+        for patch in self._placed():
+            if str(patch.number) in computed:
+                for name, tensor in patch.slot(slot, self.model.get_submodule(patch.site.path)).items():
+                    kept[f"{patch.number}.{patch.site.name}.{name}"] = tensor
+        return kept
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Every reparametrised delta becomes the plain one that it computes; outputs stay as they are."""
+        if not any(isinstance(delta, Reparametrised) for delta in self.deltas):
+            return
+        kept = [self.stored(slot) for slot in range(self.slots)]
+        deltas = [plain(delta) for delta in self.deltas]
+        self._check_open()
+        self._unhook()
+        self.deltas, self.patches, self.commons = (), nn.ModuleList(), nn.ModuleList()
+        for delta in deltas:
+            self._take(delta, *self._made(delta, len(self.deltas), len(self.patches)))
+        for name, tensor in self.parts():
+            tensor.copy_(torch.stack([each[name] for each in kept]))
+        self._hook()
+
+    # In the backbone's own weights
+
+    @torch.no_grad()
+    def merge(self, slot: int = 0) -> Backbone:
+        """The backbone, its own weights having taken up one slot's deltas; nothing is attached until `unmerge`.
+
+        Raises:
+            SiteError: a delta has no form in weights, or a site has no tensor to take it up. Nothing is changed then.
+        """
+        self._check_open()
+        self.route(slot)
+        new: dict[str, Tensor] = {}
+        for patch in self._placed():
+            new |= merged(patch, slot, self.model, new)
+        own = {name: self.model.get_parameter(name) for name in new}
+        self._before_merge = {name: p.detach().clone() for name, p in own.items()}
+        for name, tensor in new.items():
+            own[name].copy_(tensor)
+        self._release()
+        return self.backbone
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Takes `merge` back: the backbone's weights are bitwise what they were, and the deltas are attached again."""
+        if self._before_merge is None:
+            raise ConfigError("nothing is merged; merge() first")
+        for name, tensor in self._before_merge.items():
+            self.model.get_parameter(name).copy_(tensor)
+        self._before_merge = None
+        freeze(self.model)
+        self._hook()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        attention.known(self.model)
+
+
+def plain(delta: Delta) -> Delta:
+    """The delta whose tensors are saved: itself, or the plainer one that a reparametrised delta computes."""
+    return delta.plain() if isinstance(delta, Reparametrised) else delta
+
+
+def carries_deltas(model: nn.Module) -> bool:
+    """Whether any patch is attached to a model."""
+    hooks = (
+        hook
+        for module in model.modules()
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values(), *attention.hooks_of(module))
+    )
+    return any(isinstance(hook, MethodType) and isinstance(hook.__self__, Patch) for hook in hooks)
+
+
+def _mixed(seed: int, place: int) -> int:
+    """A seed for the patch at that place: apart for each (seed, place)."""
+    return (seed * 1_000_003 + place * 7_919 + 17) % 2**63

@@ -1,0 +1,173 @@
+"""One delta at one site: its tensors there, and the hooks that call its maths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from deltaprompt.backbone.maps import map_of
+from deltaprompt.backbone.sites import Site
+from deltaprompt.compose.routing import Routing
+from deltaprompt.compose.stack import Common, Stack
+from deltaprompt.deltas._base import After, Before, Computed, Delta, KeyValue, Started
+from deltaprompt.errors import SiteError
+from deltaprompt.params import Map, Param, Weights, zeros
+
+GATE, GATE_BIAS = "gate", "gate_bias"
+
+
+class Patch(Stack):
+    """One delta at one site.
+
+    The deltas of a site lie around one another, the first innermost: each sees what enters and leaves those within.
+    """
+
+    def __init__(
+        self, number: int, delta: Delta, site: Site, slots: int, routing: Routing, like: Tensor, common: Common
+    ) -> None:
+        params = {**delta.params(site), **_gate_params(delta, site)}
+        super().__init__(params, slots, routing, like)
+        self.number = number  # of the delta
+        self.delta = delta
+        self.site = site
+        self._common = (common,)  # in a tuple: it is a module of the `Adapted`, once, and not of every patch
+        self.entered: Tensor | None = None  # what entered the site, between the two hooks of one call
+
+    # Its tensors
+
+    def weights(self, rows: int, module: nn.Module | None = None) -> Weights:
+        """What the maths sees: one slot's tensors, or one slot for each of `rows` rows."""
+        return self._seen(self.routed(rows), module, self.training)
+
+    def slot(self, index: int, module: nn.Module | None = None) -> Weights:
+        """What the maths sees of one slot, not training."""
+        return self._seen(index, module, False)
+
+    def _seen(self, slot: int | Tensor, module: nn.Module | None, training: bool) -> Weights:
+        common = self._common[0]
+        own = {**self.tensors, **common.tensors}
+        fixed = common.constants() if common.names else {}
+        frozen = None if module is None else _Frozen(self.site, module, next(iter(own.values()), None))
+        if not isinstance(self.delta, Computed):
+            return Weights({**{n: t[slot] for n, t in own.items()}, **fixed}, training, frozen)
+        if not isinstance(slot, Tensor):
+            own = {n: t[slot] for n, t in own.items()}
+        made = self.delta.computed(Weights({**own, **fixed}, training, frozen), self.site)
+        gate = {n: own[n] for n in (GATE, GATE_BIAS) if n in own}
+        picked = {n: t[slot] if isinstance(slot, Tensor) else t for n, t in {**made, **gate}.items()}
+        return Weights({**fixed, **picked}, training, frozen)
+
+    @torch.no_grad()
+    def begin(self, module: nn.Module) -> None:
+        """Gives a delta that starts from the frozen weight its start, in every slot."""
+        if not isinstance(self.delta, Started):
+            return
+        for index in range(len(next(iter(self.tensors.values())))):
+            own = {**self.tensors, **self._common[0].tensors}
+            frozen = _Frozen(self.site, module, next(iter(own.values())))
+            w = Weights({n: t[index] for n, t in own.items()} | self._common[0].constants(), False, frozen)
+            for name, tensor in self.delta.start(w, self.site).items():
+                self.tensors[name][index].copy_(tensor)
+
+    # Its hooks
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The hook in front of the site: x' = before(x)."""
+        x = args[0] if args else next(iter(kwargs.values()))
+        self.entered = x if isinstance(self.delta, After) else None
+        if not isinstance(self.delta, Before):
+            return None
+        new = self._mapped(self._before, module, x)
+        return ((new, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): new})
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """The hook behind the site: y' = after(x, y), on the site's part of a fused map's output."""
+        x, self.entered = args[0] if self.entered is None else self.entered, None
+        y = output[0] if isinstance(output, tuple) else output  # a layer may return more than its states
+        part = self.site.part
+        if part is None:
+            y = self._mapped(self._after, module, x, y)
+        else:
+            y = part.put(y, self._mapped(self._after, module, x, part.take(y)))
+        return (y, *output[1:]) if isinstance(output, tuple) else y
+
+    def key_value(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The hook at an attention site: k', v' from k, v [b, heads, s, size]."""
+        w, columns = self.weights(k.shape[0]), k.shape[-2]
+        k, v = cast(KeyValue, self.delta).key_value(w, self.site, k, v)
+        if not self.delta.gated:
+            return k, v
+        gate = torch.sigmoid(w[GATE_BIAS])[..., None].to(k.dtype)  # [1, 1, 1] or [b, 1, 1, 1]
+        added = k.shape[-2] - columns
+        return tuple(torch.cat([gate * t[..., :added, :], t[..., added:, :]], dim=-2) for t in (k, v))  # type: ignore
+
+    # Its maths
+
+    def _before(self, w: Weights, site: Site, x: Tensor) -> Tensor:
+        new = cast(Before, self.delta).before(w, site, x)
+        return new if GATE not in w else torch.lerp(x, new, _gate(w, x))
+
+    def _after(self, w: Weights, site: Site, x: Tensor, y: Tensor) -> Tensor:
+        new = cast(After, self.delta).after(w, site, x, y)
+        return new if GATE not in w else torch.lerp(y, new, _gate(w, x))
+
+    def _mapped(self, maths: Callable[..., Tensor], module: nn.Module, *seen: Tensor) -> Tensor:
+        """The maths on [b, s, size], in the delta's precision (in autocast's within it), returned as the last seen."""
+        last = seen[-1]
+        weights = self.weights(self._rows(last), module)
+        own = None if torch.is_autocast_enabled(last.device.type) else self._precision()
+        new = maths(weights, self.site, *(self._ready(t, own) for t in seen))
+        return new.reshape(last.shape).to(last.dtype)
+
+    def _precision(self) -> torch.dtype | None:
+        return next((t.dtype for t in (*self.tensors.values(), *self._common[0].tensors.values())), None)
+
+    def _ready(self, t: Tensor, own: torch.dtype | None) -> Tensor:
+        """Token ids [b, s] as they are; numbers as [b, s, size] (OPT: [b * s, size]; Qwen 3: [b, s, heads, size])."""
+        if not t.is_floating_point():
+            return t
+        return t.reshape(self._rows(t), -1, t.shape[-1]).to(own or t.dtype)
+
+    def _rows(self, t: Tensor) -> int:
+        """The number of rows b of a tensor that passes the site."""
+        index = self.routing.index
+        flat = t.ndim == 2 and t.is_floating_point()
+        if not isinstance(index, Tensor):
+            return t.shape[0] if t.ndim > 2 else 1
+        if t.shape[0] == 1 < len(index):
+            raise SiteError(
+                f"{self.site.name} also maps what all rows of a batch share (DeBERTa's relative positions), so they "
+                "cannot have an adaptation each there. Name one for all, or choose other sites: attn.v, attn.o, ffn.*"
+            )
+        return len(index) if flat and t.shape[0] % len(index) == 0 else t.shape[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "entered": None}  # an interrupted pass leaves it behind, and it cannot be copied
+
+
+class _Frozen:
+    """Reads the frozen weight and bias of a site's map when a delta asks for them, in the precision of its tensors."""
+
+    def __init__(self, site: Site, module: nn.Module, like: Tensor | None) -> None:
+        self.site, self.module, self.like = site, module, like
+
+    def __call__(self) -> Map:
+        weight, bias = map_of(self.site, self.module)
+        dtype = weight.dtype if self.like is None else self.like.dtype
+        return weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
+
+
+def _gate_params(delta: Delta, site: Site) -> Mapping[str, Param]:
+    """The tensors of a delta's gate: a map of what enters to one number, or that number's offset alone."""
+    if not delta.gated:
+        return {}
+    bias = {GATE_BIAS: Param((1, 1), zeros)}
+    return bias if isinstance(delta, KeyValue) else {GATE: Param((1, site.inputs), zeros), **bias}
+
+
+def _gate(w: Weights, x: Tensor) -> Tensor:
+    """σ(w x + b) of every token, [b, s, 1]."""
+    return torch.sigmoid(x @ w[GATE].mT + w[GATE_BIAS])

@@ -1,0 +1,34 @@
+"""Where a delta goes on a backbone, and why it cannot go elsewhere."""
+
+from __future__ import annotations
+
+from deltaprompt.backbone import Backbone, Site, attention
+from deltaprompt.deltas._base import Delta, KeyValue
+from deltaprompt.errors import ConfigError, SiteError
+
+
+def sites_of(delta: Delta, backbone: Backbone) -> list[Site]:
+    """The sites a delta goes to on a backbone; an error where there is none, or where it cannot act."""
+    name = type(delta).__name__
+    chosen = backbone.sites.select(delta.selectors())
+    fitting = [site for site in chosen if site.kind in delta.acts_on]
+    if not fitting:
+        kinds = ", ".join(sorted({site.kind for site in chosen})) or "none"
+        possible = ", ".join(delta.acts_on)
+        raise SiteError(f"{name} acts on sites of kind {possible}; {list(delta.selectors())} are of kind {kinds}")
+    if delta.gated and any(site.kind == "embed" for site in fitting):
+        raise ConfigError(f"{name} cannot be gated: what enters {fitting[0].name} are token ids; leave out gated")
+    if isinstance(delta, KeyValue):
+        _check_attention(delta, fitting, backbone)
+    return fitting
+
+
+def _check_attention(delta: Delta, sites: list[Site], backbone: Backbone) -> None:
+    """An error where an attention's keys and values do not pass transformers' shared function."""
+    attention.base_of(backbone.model)
+    for site in sites:
+        if not attention.supported(backbone.model.get_submodule(site.path)):
+            raise SiteError(
+                f"{type(delta).__name__} cannot act at {site.name}: {type(backbone.model).__name__} computes attention "
+                "in code of its own, which takes no further keys and values. Other deltas work on this backbone"
+            )

@@ -1,0 +1,30 @@
+"""Which slot each row of the running forward pass belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+from torch import Tensor
+
+Index = int | Tensor | None  # one slot for all rows, or a slot for each row [rows]; None is slot 0
+
+
+class Routing:
+    """Which slot each row of the running forward pass belongs to; shared by all patches of an `Adapted`."""
+
+    def __init__(self) -> None:
+        self.index: Index = None
+
+    @contextmanager
+    def at(self, index: Index) -> Iterator[None]:
+        """Within it the rows belong to `index`."""
+        kept, self.index = self.index, index
+        try:
+            yield
+        finally:
+            self.index = kept
+
+    def replay(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """For checkpointing: nothing around the forward pass, and the slots of now around its recomputation."""
+        return nullcontext(), self.at(self.index)

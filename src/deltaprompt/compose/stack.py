@@ -1,0 +1,70 @@
+"""Trainable tensors stacked `[n, …]`, one slot per adaptation, read through the routing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from deltaprompt.compose.routing import Routing
+from deltaprompt.errors import ConfigError
+from deltaprompt.params import Param, Weights
+
+
+class Stack(nn.Module):
+    """Trainable tensors stacked `[n, …]`, one slot per adaptation, read through the routing."""
+
+    def __init__(self, params: Mapping[str, Param], slots: int, routing: Routing, like: Tensor) -> None:
+        super().__init__()
+        dtype = like.dtype if like.dtype == torch.float64 else torch.float32
+        self.routing = routing
+        self.specs = dict(params)
+        empty = {name: torch.empty(slots, *p.shape, dtype=dtype, device=like.device) for name, p in params.items()}
+        self.tensors = nn.ParameterDict({name: nn.Parameter(t) for name, t in empty.items()})
+
+    @torch.no_grad()
+    def start(self, seeds: Sequence[int]) -> None:
+        """Every slot as a new adaptation of its seed; the numbers do not depend on the device or on the other slots."""
+        for slot, seed in enumerate(seeds):
+            generator = torch.Generator().manual_seed(seed)
+            for name, spec in self.specs.items():
+                fresh = torch.empty(spec.shape, dtype=torch.float32)
+                spec.init(fresh, generator)
+                self.tensors[name][slot].copy_(fresh)
+
+    def routed(self, rows: int) -> int | Tensor:
+        """The slot of all rows, or the slot of each of `rows` rows."""
+        index = self.routing.index
+        if isinstance(index, Tensor) and index.shape[0] != rows:
+            raise ConfigError(
+                f"{index.shape[0]} adaptations were named for {rows} rows; name one a row, or one for all"
+            )
+        return 0 if index is None else index
+
+    def weights(self, rows: int) -> Weights:
+        """One slot's tensors, or one slot for each of `rows` rows."""
+        slot = self.routed(rows)
+        return Weights({name: t[slot] for name, t in self.tensors.items()}, self.training)
+
+    def slot(self, index: int) -> Weights:
+        """The tensors of one slot, not training."""
+        return Weights({name: t[index] for name, t in self.tensors.items()}, False)
+
+
+class Common(Stack):
+    """What all sites of one delta share: trainable tensors, and numbers that do not train."""
+
+    def __init__(
+        self, params: Mapping[str, Param], fixed: Mapping[str, Tensor], slots: int, routing: Routing, like: Tensor
+    ) -> None:
+        super().__init__(params, slots, routing, like)
+        self.names = tuple(fixed)
+        dtype = like.dtype if like.dtype == torch.float64 else torch.float32
+        for number, tensor in enumerate(fixed.values()):  # by number: a buffer's name holds no dot, a site's does
+            tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            self.register_buffer(str(number), tensor.to(like.device), persistent=False)
+
+    def constants(self) -> dict[str, Tensor]:
+        """The numbers that do not train, by name."""
+        return {name: self.get_buffer(str(number)) for number, name in enumerate(self.names)}
