@@ -73,6 +73,23 @@ def test_lora_is_pefts_also_after_training(family):
 
 
 @torch.no_grad()
+def test_rank_stabilised_lora_is_pefts():
+    """s = α/√r instead of α/r."""
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["q_proj"], use_rslora=True)
+    with zoo.quiet():
+        theirs = peft.get_peft_model(zoo.build("llama", torch.float64).model, config).eval()
+    ours = Adapted(zoo.build("llama", torch.float64), [LoRA(RANK, ALPHA, rank_stabilised=True, at=("attn.q",))])
+    for patch in ours.patches:
+        for name, side in (("a", "lora_A"), ("b", "lora_B")):
+            other = theirs.get_parameter(f"base_model.model.{patch.site.path}.{side}.default.weight")
+            patch.tensors[name][0].copy_(other.copy_(torch.randn(other.shape) * 0.3))
+    inputs = inputs_of(ours.backbone)
+    attached = ours(**inputs).logits
+    assert_close(attached, theirs(**inputs).logits, rtol=0, atol=1e-9)
+    assert_close(ours.merge().model(**inputs).logits, attached, rtol=0, atol=1e-9)
+
+
+@torch.no_grad()
 def test_three_loras_on_a_fused_map_are_pefts_one():
     """PEFT adapts GPT-2's fused map with one A and B; with the same A, B's rows are those of our q, k and v."""
     config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["c_attn"], fan_in_fan_out=True)

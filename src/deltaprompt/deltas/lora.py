@@ -1,4 +1,4 @@
-"""y' = y + (α/r) · B A x, B = 0 at the start (Hu et al. 2022, eq. 3)."""
+"""y' = y + s · B A x, s = α/r, B = 0 at the start (Hu et al. 2022, eq. 3); s = α/√r (Kalajdzievski 2023, eq. 5)."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ class LoRA(Delta, After, Mergeable):
         rank: r, the rank of the change of the weight.
         alpha: α; the change is scaled by α / r.
         dropout: of x on its way into A, while training.
+        rank_stabilised: whether the change is scaled by α / √r, so that it does not vanish at high ranks.
         at: selectors of linear maps.
     """
 
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
+    rank_stabilised: bool = False
     at: tuple[str, ...] = ("attn.q", "attn.v")
     taxonomy: ClassVar[Taxonomy] = "reparametrisation"
 
@@ -38,6 +40,11 @@ class LoRA(Delta, After, Mergeable):
                 f"lora: got rank={self.rank}, dropout={self.dropout}; rank >= 1 and 0 <= dropout < 1 are possible"
             )
 
+    @property
+    def scale(self) -> float:
+        """s, the factor on B A."""
+        return self.alpha / (self.rank**0.5 if self.rank_stabilised else self.rank)
+
     def selectors(self) -> Sequence[str]:
         return self.at
 
@@ -46,7 +53,7 @@ class LoRA(Delta, After, Mergeable):
 
     def after(self, w: Weights, site: Site, x: Tensor, y: Tensor) -> Tensor:
         x = functional.dropout(x, self.dropout, w.training)
-        return y + self.alpha / self.rank * (x @ w["a"].mT @ w["b"].mT)  # [b, s, in] -> [b, s, r] -> [b, s, out]
+        return y + self.scale * (x @ w["a"].mT @ w["b"].mT)  # [b, s, in] -> [b, s, r] -> [b, s, out]
 
     def merged(self, w: Weights, site: Site, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight + self.alpha / self.rank * (w["b"] @ w["a"]), bias
+        return weight + self.scale * (w["b"] @ w["a"]), bias
