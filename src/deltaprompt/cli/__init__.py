@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from deltaprompt import __version__
-from deltaprompt.cli import demo, fit, inspect, predict
+from deltaprompt.cli import demo, fit, inspect, methods, predict
 from deltaprompt.cli.console import guarded
 
 app = typer.Typer(
@@ -16,7 +16,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (fit.fit, predict.predict, predict.evaluate, inspect.inspect, demo.demo):
+for command in (fit.fit, predict.predict, predict.evaluate, inspect.inspect, methods.methods, demo.demo):
     app.command()(guarded(command))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 from deltaprompt.backbone.maps import map_of
 from deltaprompt.backbone.sites import Site
+from deltaprompt.compose.placing import GATE, GATE_BIAS, gate_params
 from deltaprompt.compose.routing import Routing
 from deltaprompt.compose.stack import Common, Stack
 from deltaprompt.deltas._base import After, Before, Computed, Delta, KeyValue, Started
 from deltaprompt.errors import SiteError
-from deltaprompt.params import Map, Param, Weights, zeros
-
-GATE, GATE_BIAS = "gate", "gate_bias"
+from deltaprompt.params import Map, Weights
 
 
 class Patch(Stack):
@@ -28,7 +27,7 @@ class Patch(Stack):
     def __init__(
         self, number: int, delta: Delta, site: Site, slots: int, routing: Routing, like: Tensor, common: Common
     ) -> None:
-        params = {**delta.params(site), **_gate_params(delta, site)}
+        params = {**delta.params(site), **gate_params(delta, site)}
         super().__init__(params, slots, routing, like)
         self.number = number  # of the delta
         self.delta = delta
@@ -158,14 +157,6 @@ class _Frozen:
         weight, bias = map_of(self.site, self.module)
         dtype = weight.dtype if self.like is None else self.like.dtype
         return weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
-
-
-def _gate_params(delta: Delta, site: Site) -> Mapping[str, Param]:
-    """The tensors of a delta's gate: a map of what enters to one number, or that number's offset alone."""
-    if not delta.gated:
-        return {}
-    bias = {GATE_BIAS: Param((1, 1), zeros)}
-    return bias if isinstance(delta, KeyValue) else {GATE: Param((1, site.inputs), zeros), **bias}
 
 
 def _gate(w: Weights, x: Tensor) -> Tensor:

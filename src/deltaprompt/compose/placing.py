@@ -1,10 +1,15 @@
-"""Where a delta goes on a backbone, and why it cannot go elsewhere."""
+"""Where a delta goes on a backbone, what it trains there, and why it cannot go elsewhere."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from deltaprompt.backbone import Backbone, Site, attention
-from deltaprompt.deltas._base import Delta, KeyValue
+from deltaprompt.deltas._base import Delta, KeyValue, Shared
 from deltaprompt.errors import ConfigError, SiteError
+from deltaprompt.params import Param, zeros
+
+GATE, GATE_BIAS = "gate", "gate_bias"
 
 
 def sites_of(delta: Delta, backbone: Backbone) -> list[Site]:
@@ -32,3 +37,19 @@ def _check_attention(delta: Delta, sites: list[Site], backbone: Backbone) -> Non
                 f"{type(delta).__name__} cannot act at {site.name}: {type(backbone.model).__name__} computes attention "
                 "in code of its own, which takes no further keys and values. Other deltas work on this backbone"
             )
+
+
+def parameters_of(delta: Delta, backbone: Backbone) -> int:
+    """What one adaptation with this delta trains on a backbone: the closed forms of its sites; nothing is attached."""
+    sites = sites_of(delta, backbone)
+    shared = delta.shared(sites).values() if isinstance(delta, Shared) else ()
+    own = (param for site in sites for param in {**delta.params(site), **gate_params(delta, site)}.values())
+    return sum(param.size for param in (*shared, *own))
+
+
+def gate_params(delta: Delta, site: Site) -> Mapping[str, Param]:
+    """The tensors of a delta's gate: a map of what enters to one number, or that number's offset alone."""
+    if not delta.gated:
+        return {}
+    bias = {GATE_BIAS: Param((1, 1), zeros)}
+    return bias if isinstance(delta, KeyValue) else {GATE: Param((1, site.inputs), zeros), **bias}
