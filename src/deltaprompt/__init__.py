@@ -56,20 +56,14 @@ __all__ = [
 ]
 
 _WHERE = {
-    "IA3": "deltas.ia3",
-    "Adapter": "deltas.adapter",
     "Backbone": "backbone",
-    "BitFit": "deltas.bitfit",
     "DeltaPromptError": "errors",
     "Example": "types",
     "LabelDescriptions": "verbalizers.label_descriptions",
     "LabelWords": "verbalizers.label_words",
-    "LoRA": "deltas.lora",
     "Model": "model",
-    "Prefix": "deltas.prefix",
     "Prototypes": "verbalizers.prototypes",
     "Run": "trainer",
-    "SoftPrompt": "deltas.soft_prompt",
     "SoftVerbalizer": "verbalizers.soft",
     "Task": "model",
     "Training": "trainer",
@@ -84,11 +78,21 @@ _WHERE = {
 
 def __getattr__(name: str) -> object:
     """A public name, found when it is first asked for and then kept."""
-    if name not in _WHERE:
+    if name in _WHERE:
+        found: object = vars(import_module(f"{__name__}.{_WHERE[name]}"))["open_" if name == "open" else name]
+    elif (found := _delta(name)) is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found: object = vars(import_module(f"{__name__}.{_WHERE[name]}"))["open_" if name == "open" else name]
     globals()[name] = found
     return found
+
+
+def _delta(name: str) -> object:
+    """The delta of that class name, which needs no line here: `LowRankAdapter` is in the file `low_rank_adapter`."""
+    from deltaprompt.registry import variant, variants
+
+    file = next((file for file in variants("deltas") if file.replace("_", "") == name.lower()), None)
+    found = None if file is None else variant("deltas", file)
+    return found if found is not None and found.__name__ == name else None
 
 
 def __dir__() -> list[str]:

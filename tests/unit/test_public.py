@@ -80,3 +80,9 @@ def test_importing_costs_nothing():
 def test_help_answers_without_torch(arguments):
     code = f"sys.argv = ['deltaprompt', *{arguments}]\nfrom deltaprompt.cli import app\napp(standalone_mode=False)"
     assert modules_after(code).isdisjoint(HEAVY)
+
+
+def test_every_delta_is_public_by_its_name_without_a_line_for_it():
+    code = "import deltaprompt\nprint(deltaprompt.AdapterBias().at)\nassert 'torch' in sys.modules"
+    assert "deltaprompt.deltas.adapter_bias" in modules_after(code)
+    assert "AdapterBias" not in (ROOT / "src/deltaprompt/__init__.py").read_text()

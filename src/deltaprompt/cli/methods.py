@@ -41,7 +41,7 @@ def _table(found: Sequence[Method], backbone: str | None) -> Table:
         table.add_column("parameters", justify="right")
     for method in found:
         told = Text(method.formula).append(f"\n{method.source}", "dim")
-        row = [Text(method.name, "bold"), method.taxonomy, told, Text("\n".join(method.selectors))]
+        row = (Text(method.name, "bold"), method.taxonomy, told, Text("\n".join(method.selectors)))
         count = [] if method.parameters is None else ["-" if method.problem else f"{method.parameters:,}"]
         table.add_row(*row, "yes" if method.merges else "no", *count)
     return table
