@@ -1,0 +1,41 @@
+"""The documentation is true: its Python runs, its links lead somewhere, the files and tables it shows are the real ones."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHOWN = re.compile(r"<!-- file: (\S+) -->\n```python\n(.*?)```", re.DOTALL)
+names = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+@names
+def test_every_link_to_a_file_leads_there(page):
+    targets = re.findall(r"\]\(([^)#\s]+)", page.read_text())
+    local = [target for target in targets if "://" not in target]
+    assert [target for target in local if not (page.parent / target).exists()] == []
+
+
+@names
+def test_every_file_that_is_shown_is_the_file(page):
+    shown = SHOWN.findall(page.read_text())
+    assert [path for path, code in shown if code != (ROOT / path).read_text()] == []
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)
+def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = SHOWN.sub("", page.read_text())
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    names = {"__name__": page.stem}
+    exec(compile(code, page.name, "exec"), names)
+    assert "dp" in names or not code
+
+
+def test_the_walk_through_writes_a_method_in_under_sixty_lines():
+    page = (ROOT / "docs/writing-a-delta.md").read_text()
+    [(path, code)] = SHOWN.findall(page)
+    assert path == "src/deltaprompt/deltas/adapter_bias.py"
+    assert len(code.splitlines()) < 60
