@@ -11,16 +11,24 @@ vector is declared `[1, d]`, so that it broadcasts over the positions of a row.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from torch import Tensor
+from torch.nn import functional
 
 from deltaprompt.backbone.sites import Site
 from deltaprompt.params import Param, Weights
 
 Taxonomy = Literal["addition", "specification", "reparametrisation"]
+Activation = Literal["gelu", "relu", "silu", "tanh"]
+SIGMA: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "gelu": functional.gelu,
+    "relu": functional.relu,
+    "silu": functional.silu,
+    "tanh": functional.tanh,
+}
 
 
 @dataclass(frozen=True)

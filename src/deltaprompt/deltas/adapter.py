@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor
-from torch.nn import functional
 
 from deltaprompt.backbone.sites import Site
-from deltaprompt.deltas._base import After, Delta, Taxonomy
+from deltaprompt.deltas._base import SIGMA, Activation, After, Delta, Taxonomy
 from deltaprompt.errors import ConfigError
 from deltaprompt.params import Param, Weights, kaiming, zeros
 
-SIGMA: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": functional.gelu,
-    "relu": functional.relu,
-    "silu": functional.silu,
-    "tanh": functional.tanh,
-}
 PLACES = {"houlsby": ("attn.o", "ffn.down"), "pfeiffer": ("ffn.down",)}
 
 
@@ -36,7 +29,7 @@ class Adapter(Delta, After):
     """
 
     bottleneck: int = 24
-    activation: Literal["gelu", "relu", "silu", "tanh"] = "gelu"
+    activation: Activation = "gelu"
     placement: Literal["houlsby", "pfeiffer"] = "houlsby"
     at: tuple[str, ...] = ()
     taxonomy: ClassVar[Taxonomy] = "addition"
