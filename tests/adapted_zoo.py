@@ -1,0 +1,62 @@
+"""Deltas on tiny backbones as tests run them: every registered one, moved from its start, with inputs it acts on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deltaprompt import registry
+from deltaprompt.backbone import Backbone
+from deltaprompt.compose import Adapted
+from deltaprompt.deltas._base import Delta
+from tests import backbones_zoo as zoo
+
+DELTAS = list(registry.variants("deltas"))
+
+
+def made(name: str) -> Delta:
+    """A delta with its default options."""
+    return registry.variant("deltas", name)()
+
+
+@torch.no_grad()
+def shake(adapted: Adapted, by: float = 0.2) -> Adapted:
+    """Moves every parameter away from where it starts, each slot differently."""
+    g = torch.Generator().manual_seed(5)
+    for _, p in adapted.parts():
+        p.add_(torch.randn(p.shape, generator=g).to(p), alpha=by)
+    return adapted
+
+
+def adapted_to(family: str, name: str, slots: int = 1, dtype: torch.dtype = torch.float64) -> Adapted:
+    """A backbone of its own with one delta, moved away from its start."""
+    return shake(Adapted(zoo.build(family, dtype), [made(name)], slots))
+
+
+def inputs_for(name: str, backbone: Backbone, side: str = "right") -> dict[str, Tensor]:
+    """Inputs that the delta has something to do with: virtual ids for a delta at the embedding."""
+    inputs = zoo.inputs_of(backbone, side)
+    if made(name).acts_on == ("embed",):
+        inputs["input_ids"][:, 3] = backbone.vocabulary + 1
+        inputs["input_ids"][0, 5] = backbone.vocabulary + 4
+        inputs["attention_mask"][:, 3] = 1
+    return inputs
+
+
+def mask_of(inputs: dict[str, Tensor]) -> Tensor:
+    """The mask [b, s] of the states that are the result."""
+    return inputs.get("decoder_attention_mask", inputs["attention_mask"])
+
+
+def loss_of(states: Tensor, mask: Tensor) -> Tensor:
+    """A smooth function of the states at real positions, a different one for each of their numbers."""
+    states = states.to(torch.promote_types(states.dtype, torch.float32))
+    weight = torch.linspace(-1, 1, states.shape[-1] * states.shape[-2], dtype=states.dtype).view(states.shape[-2:])
+    return ((states * weight).tanh() * mask[..., None]).sum()
+
+
+def gradients(adapted: Adapted) -> dict[str, Tensor]:
+    """The gradient of every delta's tensor; an error where one has none."""
+    found = {n: p.grad for n, p in adapted.parts()}
+    assert all(g is not None for g in found.values()), [n for n, g in found.items() if g is None]
+    return {n: g.clone() for n, g in found.items() if g is not None}
