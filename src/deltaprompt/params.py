@@ -29,21 +29,37 @@ class Param:
 
 
 class Weights(Mapping[str, Tensor]):
-    """A patch's tensors as its maths sees them (one slot, or one a row), and whether the model is training."""
+    """A patch's tensors as its maths sees them (one slot, or one a row), and whether the model is training.
 
-    def __init__(self, tensors: Mapping[str, Tensor], training: bool, frozen: Callable[[], Map] | None = None) -> None:
+    Args:
+        tensors: by name; or what computes them, called when the first is asked for.
+        training: whether the model is training.
+        frozen: what reads the site's own weight.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]],
+        training: bool,
+        frozen: Callable[[], Map] | None = None,
+    ) -> None:
         self._tensors = tensors
         self._frozen = frozen
         self.training = training
 
+    def _known(self) -> Mapping[str, Tensor]:
+        if callable(self._tensors):
+            self._tensors = self._tensors()
+        return self._tensors
+
     def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name]
+        return self._known()[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+        return iter(self._known())
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self._known())
 
     def frozen(self) -> Map:
         """The site's own frozen weight [out, in] and bias [out] (None where it has none), in the tensors' precision."""
@@ -69,6 +85,15 @@ def normal(std: float) -> Init:
 
 def _normal(std: float, t: Tensor, g: torch.Generator) -> None:
     t.normal_(0.0, std, generator=g)
+
+
+def uniform(bound: float) -> Init:
+    """Independent uniform numbers in ±bound."""
+    return partial(_uniform, bound)
+
+
+def _uniform(bound: float, t: Tensor, g: torch.Generator) -> None:
+    t.uniform_(-bound, bound, generator=g)
 
 
 def constant(value: float) -> Init:

@@ -14,8 +14,7 @@ from torch import nn
 from deltaprompt import registry
 from deltaprompt.backbone import Backbone, Site
 from deltaprompt.compose import sites_of
-from deltaprompt.deltas._base import Delta
-from deltaprompt.deltas.soft_prompt import SoftPrompt
+from deltaprompt.deltas._base import Delta, VirtualTokens
 from deltaprompt.errors import SiteError
 
 LAYER = re.compile(r"(.*?layers)\.(\d+)\.(.+)")
@@ -92,7 +91,7 @@ def anatomy(backbone: Backbone, deltas: Sequence[Delta] = ()) -> Anatomy:
 
 def _at_input(delta: Delta, backbone: Backbone) -> Delta:
     """A soft prompt goes to the input embedding of whatever backbone it is given."""
-    return dataclasses.replace(delta, at=(backbone.input_embedding,)) if isinstance(delta, SoftPrompt) else delta
+    return dataclasses.replace(delta, at=(backbone.input_embedding,)) if isinstance(delta, VirtualTokens) else delta
 
 
 def _matched(delta: Delta, backbone: Backbone) -> dict[str, Site]:

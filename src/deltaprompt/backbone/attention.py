@@ -31,6 +31,11 @@ class KeyValueHook(Protocol):
     def __call__(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
+def in_front(prefix: Tensor, t: Tensor) -> Tensor:
+    """Keys or values [b, heads, s, size] with a prefix [heads, n, size], or one a row [b, …], in front."""
+    return torch.cat([prefix.to(t.dtype).expand(len(t), -1, -1, -1), t], dim=-2)
+
+
 def hooks_at(module: nn.Module) -> list[KeyValueHook]:
     """The key-value hooks of an attention module, in order; kept outside its parameters and submodules."""
     hooks: list[KeyValueHook] = vars(module).setdefault(KEY, [])

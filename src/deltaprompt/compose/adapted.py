@@ -132,6 +132,8 @@ class Adapted(nn.Module):
         self.deltas += (delta,)
         self.commons.append(common)
         self.patches.extend(patches)
+        for stack in (common, *patches):
+            stack.train(self.training)
 
     def _placed(self) -> list[Patch]:
         return cast(list[Patch], list(self.patches))

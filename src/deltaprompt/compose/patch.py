@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -52,12 +53,24 @@ class Patch(Stack):
         frozen = None if module is None else _Frozen(self.site, module, next(iter(own.values()), None))
         if not isinstance(self.delta, Computed):
             return Weights({**{n: t[slot] for n, t in own.items()}, **fixed}, training, frozen)
+        return Weights(partial(self._computed, slot, own, fixed, training, frozen), training, frozen)
+
+    def _computed(
+        self,
+        slot: int | Tensor,
+        own: Mapping[str, Tensor],
+        fixed: Mapping[str, Tensor],
+        training: bool,
+        frozen: Callable[[], Map] | None,
+    ) -> Mapping[str, Tensor]:
+        """What a delta computes, of one slot or of all; in its own precision, as it is saved, also under autocast."""
         if not isinstance(slot, Tensor):
             own = {n: t[slot] for n, t in own.items()}
-        made = self.delta.computed(Weights({**own, **fixed}, training, frozen), self.site)
+        with torch.autocast(next(iter(own.values())).device.type, enabled=False):
+            made = cast(Computed, self.delta).computed(Weights({**own, **fixed}, training, frozen), self.site)
         gate = {n: own[n] for n in (GATE, GATE_BIAS) if n in own}
         picked = {n: t[slot] if isinstance(slot, Tensor) else t for n, t in {**made, **gate}.items()}
-        return Weights({**fixed, **picked}, training, frozen)
+        return {**fixed, **picked}
 
     @torch.no_grad()
     def begin(self, module: nn.Module) -> None:
@@ -107,11 +120,11 @@ class Patch(Stack):
 
     def _before(self, w: Weights, site: Site, x: Tensor) -> Tensor:
         new = cast(Before, self.delta).before(w, site, x)
-        return new if GATE not in w else torch.lerp(x, new, _gate(w, x))
+        return torch.lerp(x, new, _gate(w, x)) if self.delta.gated else new
 
     def _after(self, w: Weights, site: Site, x: Tensor, y: Tensor) -> Tensor:
         new = cast(After, self.delta).after(w, site, x, y)
-        return new if GATE not in w else torch.lerp(y, new, _gate(w, x))
+        return torch.lerp(y, new, _gate(w, x)) if self.delta.gated else new
 
     def _mapped(self, maths: Callable[..., Tensor], module: nn.Module, *seen: Tensor) -> Tensor:
         """The maths on [b, s, size], in the delta's precision (in autocast's within it), returned as the last seen."""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -124,3 +125,46 @@ class Reparametrised(Computed):
     @abstractmethod
     def plain(self) -> Delta:
         """The delta whose tensors, at every site, are the computed ones."""
+
+
+@dataclass(frozen=True)
+class VirtualTokens(Delta, After, Before):
+    """A delta that gives virtual tokens their embeddings, `w["p"]` [length, d]: at `embed`, y' = P[id − V] for id ≥ V.
+
+    A virtual token is an id past the vocabulary's end, so a sequence has its final length before the model starts and
+    nothing downstream is shifted. The soft blocks of a template are rows of the same kind of table.
+
+    Args:
+        length: virtual tokens; the features put as many in front of every text.
+        init_std: of the normal numbers that training starts from.
+        first: the row of the first one among all virtual tokens of the task; set by the task, not by hand.
+        at: selector of the embedding; the encoder's where there are two.
+    """
+
+    length: int = 20
+    init_std: float = 0.02
+    first: int = 0
+    at: tuple[str, ...] = (r"re:^(encoder\.)?embed$",)
+    taxonomy: ClassVar[Taxonomy] = "addition"
+    acts_on: ClassVar[tuple[str, ...]] = ("embed",)
+
+    def selectors(self) -> Sequence[str]:
+        """The embedding."""
+        return self.at
+
+    def _row(self, site: Site, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The row of P for each id [b, s], and whether the id is one of ours."""
+        row = x - site.inputs - self.first
+        ours = (row >= 0) & (row < self.length)
+        return row.clamp(0, self.length - 1), ours
+
+    def before(self, w: Weights, site: Site, x: Tensor) -> Tensor:
+        """The ids [b, s] with one that the embedding knows in place of ours."""
+        return torch.where(self._row(site, x)[1], 0, x)
+
+    def after(self, w: Weights, site: Site, x: Tensor, y: Tensor) -> Tensor:
+        """The embeddings [b, s, d] with the rows of P in place of ours."""
+        row, ours = self._row(site, x)
+        p = w["p"].to(y.dtype)
+        soft = p[row] if p.ndim == 2 else torch.gather(p, 1, row[..., None].expand(-1, -1, p.shape[-1]))  # [b, s, d]
+        return torch.where(ours[..., None], soft, y)

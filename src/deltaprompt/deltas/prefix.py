@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
+from deltaprompt.backbone.attention import in_front
 from deltaprompt.backbone.sites import Site
 from deltaprompt.deltas._base import Delta, KeyValue, Taxonomy
 from deltaprompt.errors import ConfigError, SiteError
@@ -51,6 +51,4 @@ class Prefix(Delta, KeyValue):
         return {"k": Param(shape, normal(self.init_std)), "v": Param(shape, normal(self.init_std))}
 
     def key_value(self, w: Weights, site: Site, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        rows = k.shape[0]
-        pk, pv = (w[name].to(k.dtype).expand(rows, -1, -1, -1) for name in ("k", "v"))  # [b, heads, length, size]
-        return torch.cat([pk, k], dim=-2), torch.cat([pv, v], dim=-2)
+        return in_front(w["k"], k), in_front(w["v"], v)

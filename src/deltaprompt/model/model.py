@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from deltaprompt.backbone import Backbone
 from deltaprompt.backbone.continuation import prompted
 from deltaprompt.compose import Adapted, Index, Stack, carries_deltas, plain
-from deltaprompt.deltas._base import Delta
+from deltaprompt.deltas._base import Delta, VirtualTokens
 from deltaprompt.deltas.soft_prompt import SoftPrompt
 from deltaprompt.errors import ConfigError
 from deltaprompt.features import Encoded, Features
@@ -257,7 +257,7 @@ def _features(backbone: Backbone, task: Task, verbalizer: Verbalizer, deltas: Se
         task.max_length or limit,
         task.names,
         soft_base=backbone.vocabulary,
-        prepend_soft=sum(d.length for d in deltas if isinstance(d, SoftPrompt)),
+        prepend_soft=sum(d.length for d in deltas if isinstance(d, VirtualTokens)),
         decoder_start_id=config.get("decoder_start_token_id"),
         sentinel=sentinel if backbone.kind == "seq2seq" else None,
     )
@@ -276,7 +276,7 @@ def _placed(deltas: Sequence[Delta], features: Features, backbone: Backbone) -> 
     """The deltas with soft prompts in their rows of virtual tokens, and one more for the template's own soft tokens."""
     first, placed = 0, list[Delta]()
     for delta in deltas:
-        if isinstance(delta, SoftPrompt):
+        if isinstance(delta, VirtualTokens):
             delta, first = replace(delta, first=first, at=(backbone.input_embedding,)), first + delta.length
         placed.append(delta)
     if features.soft_rows:
