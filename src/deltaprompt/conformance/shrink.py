@@ -2,32 +2,47 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltaprompt.backbone import Backbone
 from deltaprompt.backbone.load import wrap
-from deltaprompt.conformance.sizes import Plan, role_of, shrunk_numbers
+from deltaprompt.conformance.configs import asked_for, parts, shrunk, special_ids, starting
+from deltaprompt.conformance.sizes import Plan
 from deltaprompt.errors import BackboneError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-NOISE = 0.1  # added to every weight, so that norms and biases are not exactly one or zero
 TextKind = Literal["masked", "causal", "seq2seq"]
 MAPPINGS: dict[TextKind, str] = {
     "masked": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
     "causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "seq2seq": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
 }
-SPECIALS = {"pad": 0, "bos": 1, "eos": 2, "unk": 3, "mask": 4}
-PLANS = (Plan(), Plan(heads=2, head_dim=16), Plan(kv_heads=4), Plan(width=64, head_dim=16, heads=4))
+LIMIT = 1_000_000  # weights
+NOISE = 0.1  # added to every weight, so that norms and biases are not exactly one or zero
+WORDS = 100  # the most words that a tiny model's tokenizer has
+ROUNDS = 6  # of mending a config by what its errors say
+SPECIALS = ("pad", "bos", "eos", "unk", "mask")
+FIRST = Plan()
+PLANS = (
+    FIRST,
+    replace(FIRST, each=2),
+    replace(FIRST, fill=True),
+    replace(FIRST, few=4),
+    replace(FIRST, other=16),
+    replace(FIRST, other=16, fill=True),
+    replace(FIRST, heads=2, head_dim=16),
+    replace(FIRST, width=128, heads=2, head_dim=64, inner=192),
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +52,9 @@ class Architecture:
     kind: TextKind
     model_type: str
     class_name: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.model_type}"
 
 
 def known() -> list[Architecture]:
@@ -61,101 +79,166 @@ def tiny(architecture: Architecture, seed: int = 0) -> PreTrainedModel:
         try:
             with _quiet(), torch.random.fork_rng():
                 torch.manual_seed(seed)
-                model = _model(architecture, plan)
-                _try_out(model, architecture)
-                return model
+                return _built(architecture, plan)
         except Exception as e:
-            reasons.append(f"{type(e).__name__}: {e}")
-    raise BackboneError(f"no tiny {architecture.class_name} could be built: {reasons[0]}")
+            reasons.append(f"{type(e).__name__}: {' '.join(str(e).split())}")
+    raise BackboneError(f"no tiny {architecture.class_name} could be built: {' | '.join(dict.fromkeys(reasons))}")
 
 
-def _model(architecture: Architecture, plan: Plan) -> PreTrainedModel:
+def _built(architecture: Architecture, plan: Plan) -> PreTrainedModel:
+    """A model of these sizes that has run, its config mended by what its own checks ask for."""
     import transformers
 
-    config = shrunk(transformers.CONFIG_MAPPING[architecture.model_type](), plan)
+    cls = getattr(transformers, architecture.class_name)
+    asked: dict[str, int] = {}
+    for _ in range(ROUNDS):
+        try:
+            config = shrunk(
+                starting(transformers.CONFIG_MAPPING[architecture.model_type], asked), plan, cls.__module__, asked
+            )
+            return _lent(cls, config, architecture)
+        except Exception as e:  # configs raise a class of their own, which is no ValueError
+            if asked_for(str(e)).items() <= asked.items():
+                raise
+            asked |= asked_for(str(e))
+    raise BackboneError(f"its config asks for more and more: {asked}")
+
+
+def _lent(cls: type[PreTrainedModel], config: PreTrainedConfig, architecture: Architecture) -> PreTrainedModel:
+    """A model of this config, or of its text part; what a part lacks is lent from the other parts."""
+    config = next((part for part in parts(config) if isinstance(part, cls.config_class)), config)
     _set_kind(config, architecture.kind)
-    model = vars(transformers).get(architecture.class_name) or getattr(transformers, architecture.class_name)
-    made = model(config)
-    _perturb(made)
-    return made.float().eval()
+    for _ in range(ROUNDS):
+        try:
+            return _run(cls, config, architecture)
+        except AttributeError as e:
+            if not _lend(config, str(e)):
+                raise
+    raise BackboneError("its config lacks more than the other parts have")
 
 
-def _set_kind(config: PreTrainedConfig, kind: str) -> None:
+def _run(cls: type[PreTrainedModel], config: PreTrainedConfig, architecture: Architecture) -> PreTrainedModel:
+    """The model of this config, after a first forward pass."""
+    with torch.device("meta"):
+        size = sum(p.numel() for p in cls(config).parameters())
+    if size >= LIMIT:
+        raise BackboneError(f"{size} weights, where a tiny model has under a million")
+    with _marked_memory():
+        model = cls(config).float().eval()
+    _perturb(model)
+    with torch.no_grad():
+        inputs = inputs_for(model, architecture)
+        logits = model(**inputs).logits
+    if not torch.isfinite(logits).all():
+        raise BackboneError("its logits are not finite")
+    return model
+
+
+def _set_kind(config: PreTrainedConfig, kind: TextKind) -> None:
     """Models that are encoders or decoders by their config are told which."""
-    if "is_decoder" in {f.name for f in fields(config)}:
-        config.is_decoder = kind == "causal"
+    for name in {"is_decoder", "causal"} & vars(config).keys():
+        setattr(config, name, kind == "causal")
+    if config.is_encoder_decoder and vars(config).get("decoder_start_token_id", 0) is None:
+        config.decoder_start_token_id = 1
+
+
+def _lend(config: PreTrainedConfig, message: str) -> bool:
+    """Sets an attribute that a part of the config lacks to the value that another part has under that name."""
+    match = re.search(r"'(\w+)' object has no attribute '(\w+)'", message)
+    if match is None:
+        return False
+    taker, name = match.groups()
+    values = [v for part in parts(config) for v in (part.to_dict(), *_dicts(part)) for n, v in v.items() if n == name]
+    takers = [part for part in parts(config) if type(part).__name__ == taker]
+    for part in takers:
+        setattr(part, name, max(values, default=None))
+    return bool(takers and values)
+
+
+def _dicts(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    return [v for v in vars(config).values() if isinstance(v, dict)]
 
 
 def _perturb(model: PreTrainedModel) -> None:
-    """Adds noise to every weight; those that were left uninitialised are noise alone."""
-    for t in model.parameters():
-        t.data = torch.nan_to_num(t.data, nan=0.0, posinf=0.0, neginf=0.0)
-        t.data.add_(torch.randn_like(t), alpha=NOISE)
-
-
-def _try_out(model: PreTrainedModel, architecture: Architecture) -> None:
-    size = sum(p.numel() for p in model.parameters())
-    if size >= 1_000_000:
-        raise BackboneError(f"{size} weights, where a tiny model has under a million")
-    with torch.no_grad():
-        logits = model(**inputs_for(model, architecture)).logits
-    if not torch.isfinite(logits).all():
-        raise BackboneError("its logits are not finite")
-
-
-def shrunk(config: PreTrainedConfig, plan: Plan) -> PreTrainedConfig:
-    """The same config class with every size made small."""
-    from transformers import PreTrainedConfig
-
-    given = {f.name: f.default for f in fields(config)}
-    now = {name: vars(config)[name] for name in given if name in vars(config)}
-    numbers = {n: v for n, v in now.items() if type(v) is int and given[n] is not None}
-    small: dict[str, Any] = dict(shrunk_numbers(numbers, plan))
-    depth = next((v for n, v in numbers.items() if n in ("num_hidden_layers", "num_layers", "n_layer")), None)
-    for name, value in now.items():
-        if isinstance(value, PreTrainedConfig):
-            small[name] = shrunk(value, plan)
-        elif isinstance(value, float) and "drop" in name:
-            small[name] = 0.0
-        elif isinstance(value, list) and depth and len(value) == depth:
-            small[name] = value[: plan.layers]
-        elif type(value) is int and role_of(name) == "token":
-            small[name] = value if value < 100 else plan.vocabulary - 1 - value % 50
-    return type(config)(**small)
+    """Adds noise to every weight, and to buffers that start at zero; what nobody initialised is noise alone."""
+    kept = model.state_dict().keys()
+    buffers = [t for n, t in model.named_buffers() if n in kept and t.is_floating_point() and not t.any()]
+    for t in (*model.parameters(), *buffers):
+        t.data.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0).add_(torch.randn_like(t), alpha=NOISE)
 
 
 def inputs_for(
     model: PreTrainedModel, architecture: Architecture, side: Literal["left", "right"] = "right"
 ) -> dict[str, Tensor]:
     """Two rows of ids [2, 7], one of them padded at `side`, and a decoder's inputs where there is a decoder."""
-    ids = torch.arange(14).reshape(2, 7) * 5 % 80 + 7
+    special = special_ids(model.config)
+    usable = [i for i in range(len(SPECIALS), _rows(model)) if i not in special]
+    ids = torch.tensor([usable[i * 5 % len(usable)] for i in range(14)]).reshape(2, 7)
     mask = torch.ones(2, 7, dtype=torch.long)
     pads = slice(4, None) if side == "right" else slice(None, 3)
     mask[1, pads] = 0
-    ids[1, pads] = model.config.get_text_config().to_dict().get("pad_token_id") or 0
+    ids[1, pads] = _ids_of(model)["pad"]
     inputs = {"input_ids": ids, "attention_mask": mask}
     if architecture.kind == "seq2seq" and model.config.is_encoder_decoder:
-        inputs |= {"decoder_input_ids": ids[:, 1:5] % 6 + 8, "decoder_attention_mask": torch.ones(2, 4).long()}
+        inputs |= {
+            "decoder_input_ids": ids[:1, 1:5].flip(1).repeat(2, 1),
+            "decoder_attention_mask": mask[:1, :4].repeat(2, 1),
+        }
     return inputs
+
+
+def _rows(model: PreTrainedModel) -> int:
+    """How many ids the tokenizer of a tiny model has."""
+    embedding = model.get_input_embeddings()
+    rows = (
+        embedding.num_embeddings if isinstance(embedding, nn.Embedding) else model.config.get_text_config().vocab_size
+    )
+    return min(int(rows), WORDS)
+
+
+def _ids_of(model: PreTrainedModel) -> dict[str, int]:
+    """The tokenizer's special ids: the model's own where it has them, other low ids for the rest."""
+    config = model.config.get_text_config().to_dict()
+    own = {name: config.get(f"{name}_token_id") for name in SPECIALS}
+    ids = {name: i for name, i in own.items() if isinstance(i, int) and 0 <= i < _rows(model)}
+    ids = {name: i for name, i in ids.items() if list(ids.values()).index(i) == list(ids).index(name)}
+    free = (i for i in range(_rows(model)) if i not in ids.values())
+    return {name: ids[name] if name in ids else next(free) for name in SPECIALS}
 
 
 def backbone(architecture: Architecture, dtype: torch.dtype = torch.float32) -> Backbone:
     """A fresh tiny backbone with a tokenizer of whole words."""
-    name = f"{architecture.kind}:{architecture.model_type}"
-    return wrap(tiny(architecture).to(dtype), tokenizer(), kind=architecture.kind, name=name)
+    model = tiny(architecture).to(dtype)
+    with _quiet():
+        return wrap(model, tokenizer_for(model), kind=architecture.kind, name=str(architecture))
+
+
+def tokenizer_for(model: PreTrainedModel) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words `w5`, `w6`, …, whose ids fit a tiny model."""
+    special = _ids_of(model)
+    words = {f"w{i}": i for i in range(_rows(model)) if i not in special.values()}
+    return _tokenizer(tuple((words | {f"<{name}>": i for name, i in special.items()}).items()))
 
 
 @lru_cache
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words, whose ids fit every tiny model."""
+def _tokenizer(words: tuple[tuple[str, int], ...]) -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {f"<{name}>": i for name, i in SPECIALS.items()}
-    words |= {f"w{i}": i for i in range(len(words), 100)}
-    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    core = Tokenizer(models.WordLevel(dict(words), unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=core, **{f"{name}_token": f"<{name}>" for name in SPECIALS})
+
+
+@contextmanager
+def _marked_memory() -> Iterator[None]:
+    """Memory that is allocated and not initialised holds NaN, so that it can be told from a weight."""
+    on, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(on, warn_only=warn)
 
 
 @contextmanager
