@@ -1,4 +1,4 @@
-"""y' = y + U σ(D y + b) + c, U and D = Σ_i A_i ⊗ (s_i t_iᵀ), s of U = 0 at first (Karimi Mahabadi et al. 2021, 3)."""
+"""y' = y + U σ(D y + b) + c, U and D = Σ_i A_i ⊗ (s_i t_iᵀ), U = 0 at the start (Karimi Mahabadi et al. 2021)."""
 
 from __future__ import annotations
 
