@@ -1,4 +1,4 @@
-"""The documentation is true: its Python runs, its links lead somewhere, the files and tables it shows are the real ones."""
+"""The documentation is true: its Python runs, its links lead somewhere, what it shows of files and tables is theirs."""
 
 import re
 from pathlib import Path
