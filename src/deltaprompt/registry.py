@@ -23,16 +23,24 @@ def variants(kind: str) -> Mapping[str, str]:
     return {e.name: e.value for e in entry_points(group=f"deltaprompt.{kind}")} | own
 
 
+@lru_cache(maxsize=len(KINDS))
+def companions(kind: str) -> Mapping[str, str]:
+    """Names of what only goes with a variant and is none itself, such as `position_shift`: files `_<name>.py`."""
+    package = import_module(f"deltaprompt.{kind}")
+    files = [m.name for m in iter_modules(package.__path__) if m.name.startswith("_") and m.name != "_base"]
+    return {file.removeprefix("_"): f"{package.__name__}.{file}" for file in files}
+
+
 def variant(kind: str, name: str) -> type[Any]:
     """The class of a variant: the one public dataclass that its module defines."""
     known = variants(kind)
-    if name not in known:
+    if (where := known.get(name) or companions(kind).get(name)) is None:
         raise ConfigError(f"no {kind.removesuffix('s')} {name!r}{nearest(name, known)}")
-    module = import_module(known[name])
+    module = import_module(where)
     classes = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
     public = [c for c in classes if dataclasses.is_dataclass(c) and not c.__name__.startswith("_")]
     if len(public) != 1:
-        raise ConfigError(f"{known[name]} must define one public dataclass, it defines {[c.__name__ for c in public]}")
+        raise ConfigError(f"{where} must define one public dataclass, it defines {[c.__name__ for c in public]}")
     return public[0]
 
 
@@ -58,7 +66,7 @@ def build(kind: str, name: str, options: Mapping[str, Any]) -> Any:
 def describe(kind: str, value: Any) -> dict[str, Any]:
     """The stored form of a variant: its name and its options; `build` turns it back."""
     name = type(value).__module__.rpartition(".")[2]
-    known = variants(kind)
+    known = {**companions(kind), **variants(kind)}
     if variant_name := next((n for n, module in known.items() if module == type(value).__module__), None):
         name = variant_name
     return {"kind": name, **dataclasses.asdict(value)}

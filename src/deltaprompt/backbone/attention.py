@@ -7,6 +7,7 @@ its (k, v), and the mask is widened by the columns that they put in front.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 PREFIX = "deltaprompt_"
 KEY = "_deltaprompt_key_value_hooks"
+DISTANCES = "_deltaprompt_distances"  # the module whose table of relative position biases an attention uses (T5)
 
 
 class KeyValueHook(Protocol):
@@ -77,6 +79,7 @@ def install(model: PreTrainedModel) -> None:
     if model.config._attn_implementation == base:
         register(base)
         model.set_attn_implementation(PREFIX + base)
+        _share_distances(model)
 
 
 def release(model: PreTrainedModel) -> None:
@@ -84,6 +87,19 @@ def release(model: PreTrainedModel) -> None:
     base = str(model.config._attn_implementation)
     if base.startswith(PREFIX) and not any(hooks_of(module) for module in model.modules()):
         model.set_attn_implementation(base.removeprefix(PREFIX))
+        for module in model.modules():
+            vars(module).pop(DISTANCES, None)
+
+
+def _share_distances(model: nn.Module) -> None:
+    """Tells every attention where its relative position biases come from: mostly the first layer's has the table."""
+    holders: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        place = re.sub(r"\d+", "*", path)
+        if "relative_attention_bias" in module._modules:
+            holders[place] = module
+        if place in holders:
+            vars(module)[DISTANCES] = holders[place]
 
 
 def known(model: PreTrainedModel) -> None:
@@ -111,7 +127,7 @@ def attend(base: str, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: 
     if added:
         mask = _widened(_written_out(base, mask, module, q, columns, kw), added)
         if kw.get("position_bias") is not None:
-            kw["position_bias"] = functional.pad(kw["position_bias"], (added, 0))
+            kw["position_bias"] = _biased(module, kw["position_bias"], columns, added)
     return _function(base, module)(module, q, k, v, mask, **kw)
 
 
@@ -135,6 +151,16 @@ def _written_out(
     if mask is not None or base == "eager" or not causal or rows == 1:
         return mask
     return torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril(columns - rows)[None, None]
+
+
+def _biased(module: nn.Module, bias: Tensor, columns: int, added: int) -> Tensor:
+    """The position biases [1, heads, rows, columns] with `added` columns in front, at the distances that these have."""
+    holder = vars(module).get(DISTANCES)
+    if holder is None:
+        return functional.pad(bias, (added, 0))
+    before = added + columns - bias.shape[-2]  # what stands in front of the first row
+    far = holder.compute_bias(bias.shape[-2], added + columns, bias.device, past_seen_tokens=before)
+    return torch.cat([far[..., :added].to(bias.dtype), bias], dim=-1)
 
 
 def _widened(mask: Tensor | None, added: int) -> Tensor | None:

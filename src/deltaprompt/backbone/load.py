@@ -16,6 +16,7 @@ from deltaprompt.backbone.demo import demo_folder
 from deltaprompt.backbone.fingerprint import fingerprint
 from deltaprompt.backbone.heads import Head, find_head
 from deltaprompt.backbone.naming import name_sites
+from deltaprompt.backbone.positions import position_sites
 from deltaprompt.backbone.sites import Sites
 from deltaprompt.errors import BackboneError
 
@@ -173,7 +174,7 @@ def wrap(
     out = None if kind == "encoder" else model.get_output_embeddings()
     if kind != "encoder" and out is None:
         raise BackboneError(f"{type(model).__name__} has no language-model head; load it with kind='encoder'")
-    sites = name_sites(model, base, config, out)
+    sites = Sites({**name_sites(model, base, config, out), **position_sites(model, base)})
     head = None if out is None else find_head(model, base, out, config)
     return Backbone(name or str(config.get("_name_or_path", "")), kind, model, tokenizer, sites, head)
 

@@ -20,7 +20,7 @@ class Prefix(Delta, KeyValue):
     """Prefix tuning: 2 · length · (width of the keys) parameters an attention.
 
     The prefix lies in key and value space as the attention sees it: no rotary embedding is applied to it, and the
-    tokens of the text keep their positions.
+    tokens of the text keep their positions. To relative position biases (T5) it lies right in front of the text.
 
     Args:
         length: tokens of the prefix.
