@@ -132,8 +132,6 @@ class Adapted(nn.Module):
         self.deltas += (delta,)
         self.commons.append(common)
         self.patches.extend(patches)
-        for stack in (common, *patches):
-            stack.train(self.training)
 
     def _placed(self) -> list[Patch]:
         return cast(list[Patch], list(self.patches))
@@ -154,6 +152,8 @@ class Adapted(nn.Module):
             if isinstance(delta, KeyValue):
                 attention.install(self.model)
                 attention.hooks_at(module).append(patch.key_value)
+        for stacks in (self.commons, self.patches):
+            stacks.train(self.training)
         self._attached = True
 
     def _unhook(self) -> None:
