@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -60,3 +62,25 @@ def gradients(adapted: Adapted) -> dict[str, Tensor]:
     found = {n: p.grad for n, p in adapted.parts()}
     assert all(g is not None for g in found.values()), [n for n, g in found.items() if g is None]
     return {n: g.clone() for n, g in found.items() if g is not None}
+
+
+def snapshot(backbone: Backbone) -> dict[str, Any]:
+    """Everything about a backbone that attaching could change; `same` compares two."""
+    model = backbone.model
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_with_kwargs")
+    return {
+        "state": {n: t.clone() for n, t in model.state_dict().items()},
+        "grad": {n: (p.requires_grad, p.grad) for n, p in model.named_parameters()},
+        "identity": {n: id(p) for n, p in model.named_parameters(remove_duplicate=False)},
+        "vars": {n: {v for v in vars(m) if not v.startswith("_hf")} for n, m in model.named_modules()},
+        "hooks": {n: [len(vars(m)[h]) for h in hooks] for n, m in model.named_modules()},
+        "config": model.config.to_dict(),
+        "attention": [m.config._attn_implementation for m in model.modules() if "config" in vars(m)],
+    }
+
+
+def same(before: dict[str, Any], after: dict[str, Any]) -> bool:
+    """Whether two snapshots are equal, the tensors bitwise."""
+    one, other = (snap["state"] for snap in (before, after))
+    alike = one.keys() == other.keys() and all(torch.equal(t, other[n]) for n, t in one.items())
+    return alike and all(before[n] == after[n] for n in before if n != "state")

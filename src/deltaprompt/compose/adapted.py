@@ -61,9 +61,10 @@ class Adapted(nn.Module):
         self.commons = nn.ModuleList()  # one a delta
         self._handles: list[RemovableHandle] = []
         self._attached = False
+        self._begun = 0  # patches that were ever made: each starts from a seed of its own
         self._before_merge: dict[str, Tensor] | None = None
-        for number, delta in enumerate(deltas):
-            self._take(delta, *self._made(delta, number, len(self.patches)))
+        for delta in deltas:
+            self._take(delta, *self._made(delta))
         freeze(self.model)
         self._hook()
 
@@ -72,7 +73,7 @@ class Adapted(nn.Module):
     def attach(self, delta: Delta) -> None:
         """Puts one more delta around those that are there, started from the slots' seeds."""
         self._check_open()
-        common, patches = self._made(delta, len(self.deltas), len(self.patches))
+        common, patches = self._made(delta)
         self._unhook()
         self._take(delta, common, patches)
         self._hook()
@@ -110,20 +111,20 @@ class Adapted(nn.Module):
         if not self._attached:
             raise ConfigError("the deltas are merged or removed; unmerge() first, or make a new Adapted")
 
-    def _made(self, delta: Delta, number: int, place: int) -> tuple[Common, list[Patch]]:
+    def _made(self, delta: Delta) -> tuple[Common, list[Patch]]:
         """A delta's patches, one a site, and what they share; nothing is attached yet."""
         sites = sites_of(delta, self.backbone)
         anywhere = next(self.model.parameters())
         shared = delta.shared(sites) if isinstance(delta, Shared) else {}
         fixed = delta.fixed(sites) if isinstance(delta, Fixed) else {}
         common = Common(shared, fixed, self.slots, self.routing, anywhere)
-        common.start([_mixed(seed, -1 - number) for seed in self.seeds])
+        common.start([_mixed(seed, -1 - self._begun) for seed in self.seeds])
         patches: list[Patch] = []
         for site in sites:
             module = self.model.get_submodule(site.path)
             like = next(module.parameters(), anywhere)
-            patch = Patch(number, delta, site, self.slots, self.routing, like, common)
-            patch.start([_mixed(seed, place + len(patches)) for seed in self.seeds])
+            patch = Patch(len(self.deltas), delta, site, self.slots, self.routing, like, common)
+            patch.start([_mixed(seed, self._begun + len(patches)) for seed in self.seeds])
             patch.begin(module)
             patches.append(patch)
         return common, patches
@@ -132,6 +133,7 @@ class Adapted(nn.Module):
         self.deltas += (delta,)
         self.commons.append(common)
         self.patches.extend(patches)
+        self._begun += len(patches)
 
     def _placed(self) -> list[Patch]:
         return cast(list[Patch], list(self.patches))
@@ -181,9 +183,12 @@ class Adapted(nn.Module):
 
     def route(self, index: Index) -> None:
         """The rows of the passes to come belong to `index`."""
+        self._check_slot(index)
+        self.routing.index = index
+
+    def _check_slot(self, index: Index) -> None:
         if isinstance(index, int) and not 0 <= index < self.slots:
             raise ConfigError(f"adaptation {index} was named; 0 to {self.slots - 1} are possible")
-        self.routing.index = index
 
     @contextmanager
     def repeated(self, times: int) -> Iterator[None]:
@@ -239,7 +244,7 @@ class Adapted(nn.Module):
         self._unhook()
         self.deltas, self.patches, self.commons = (), nn.ModuleList(), nn.ModuleList()
         for delta in deltas:
-            self._take(delta, *self._made(delta, len(self.deltas), len(self.patches)))
+            self._take(delta, *self._made(delta))
         for name, tensor in self.parts():
             tensor.copy_(torch.stack([each[name] for each in kept]))
         self._hook()
@@ -254,7 +259,7 @@ class Adapted(nn.Module):
             SiteError: a delta has no form in weights, or a site has no tensor to take it up. Nothing is changed then.
         """
         self._check_open()
-        self.route(slot)
+        self._check_slot(slot)
         new: dict[str, Tensor] = {}
         for patch in self._placed():
             new |= merged(patch, slot, self.model, new)
