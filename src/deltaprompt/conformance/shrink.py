@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -32,6 +33,9 @@ NOISE = 0.1  # added to every weight, so that norms and biases are not exactly o
 WORDS = 100  # the most words that a tiny model's tokenizer has
 ROUNDS = 6  # of mending a config by what its errors say
 SPECIALS = ("pad", "bos", "eos", "unk", "mask")
+EXCEPTIONS: dict[str, dict[str, int]] = {
+    "reformer": {"axial_pos_embds": False},  # which in training take sequences of one length only, that of their shape
+}
 FIRST = Plan()
 PLANS = (
     FIRST,
@@ -82,7 +86,8 @@ def tiny(architecture: Architecture, seed: int = 0) -> PreTrainedModel:
                 return _built(architecture, plan)
         except Exception as e:
             reasons.append(f"{type(e).__name__}: {' '.join(str(e).split())}")
-    raise BackboneError(f"no tiny {architecture.class_name} could be built: {' | '.join(dict.fromkeys(reasons))}")
+    reason, _ = Counter(reasons).most_common(1)[0]
+    raise BackboneError(f"no tiny {architecture.class_name} ({architecture}) can be built and run on text: {reason}")
 
 
 def _built(architecture: Architecture, plan: Plan) -> PreTrainedModel:
@@ -90,12 +95,11 @@ def _built(architecture: Architecture, plan: Plan) -> PreTrainedModel:
     import transformers
 
     cls = getattr(transformers, architecture.class_name)
-    asked: dict[str, int] = {}
+    config_class = transformers.CONFIG_MAPPING[architecture.model_type]
+    asked = dict(EXCEPTIONS.get(architecture.model_type, {}))
     for _ in range(ROUNDS):
         try:
-            config = shrunk(
-                starting(transformers.CONFIG_MAPPING[architecture.model_type], asked), plan, cls.__module__, asked
-            )
+            config = shrunk(starting(config_class, asked), plan, cls.__module__, asked)
             return _lent(cls, config, architecture)
         except Exception as e:  # configs raise a class of their own, which is no ValueError
             if asked_for(str(e)).items() <= asked.items():
@@ -127,8 +131,7 @@ def _run(cls: type[PreTrainedModel], config: PreTrainedConfig, architecture: Arc
         model = cls(config).float().eval()
     _perturb(model)
     with torch.no_grad():
-        inputs = inputs_for(model, architecture)
-        logits = model(**inputs).logits
+        logits = model(**inputs_for(model, architecture)).logits
     if not torch.isfinite(logits).all():
         raise BackboneError("its logits are not finite")
     return model
@@ -170,12 +173,12 @@ def _perturb(model: PreTrainedModel) -> None:
 def inputs_for(
     model: PreTrainedModel, architecture: Architecture, side: Literal["left", "right"] = "right"
 ) -> dict[str, Tensor]:
-    """Two rows of ids [2, 7], one of them padded at `side`, and a decoder's inputs where there is a decoder."""
+    """Two rows of ids [2, 8], one of them padded at `side`, and a decoder's inputs where there is a decoder."""
     special = special_ids(model.config)
     usable = [i for i in range(len(SPECIALS), _rows(model)) if i not in special]
-    ids = torch.tensor([usable[i * 5 % len(usable)] for i in range(14)]).reshape(2, 7)
-    mask = torch.ones(2, 7, dtype=torch.long)
-    pads = slice(4, None) if side == "right" else slice(None, 3)
+    ids = torch.tensor([usable[i * 5 % len(usable)] for i in range(16)]).reshape(2, 8)
+    mask = torch.ones(2, 8, dtype=torch.long)
+    pads = slice(5, None) if side == "right" else slice(None, 3)
     mask[1, pads] = 0
     ids[1, pads] = _ids_of(model)["pad"]
     inputs = {"input_ids": ids, "attention_mask": mask}
@@ -190,10 +193,9 @@ def inputs_for(
 def _rows(model: PreTrainedModel) -> int:
     """How many ids the tokenizer of a tiny model has."""
     embedding = model.get_input_embeddings()
-    rows = (
-        embedding.num_embeddings if isinstance(embedding, nn.Embedding) else model.config.get_text_config().vocab_size
-    )
-    return min(int(rows), WORDS)
+    if isinstance(embedding, nn.Embedding):
+        return min(embedding.num_embeddings, WORDS)
+    return min(int(model.config.get_text_config().vocab_size), WORDS)  # Perceiver, MusicGen: no embedding of their own
 
 
 def _ids_of(model: PreTrainedModel) -> dict[str, int]:

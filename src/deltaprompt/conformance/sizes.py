@@ -25,10 +25,13 @@ ROLES: tuple[tuple[str, str], ...] = (  # the first pattern that matches a whole
     (r".*(intermediate_size|ffn_dim|ffn_hidden_size|hidden_dim|d_ff|dff|dim_ff|mlp_dim|d_inner)(_.*)?", "inner"),
     (r"feed_forward_size", "inner"),
     (r"(.*_)?hidden_size(_.*)?|(.*_)?d_model|n_embd|dim|emb_dim|embed_dim|embedding_size|lru_width", "width"),
-    (r".*embedding_dim|.*embed_proj_dim|.*output_dim|.*out_dim|d_latents", "width"),
+    (r".*(embedding|embed)_dim|.*_embedding_size|.*embed_proj_dim|.*output_dim|.*out_dim|d_latents", "width"),
     (r".*max_.*position.*|n_positions|n_ctx|max_seq_len|context_length|model_max_length", "positions"),
     (r".*_rank|.*lora.*", "rank"),
-    (r".*sliding_window(_size)?|local_attention|attention_window(_size)?|.*attention_chunk_size", "window"),
+    (
+        r".*sliding_window(_size)?|local_attention|attention_window(_size)?|.*attention_chunk_size|.*attn_chunk_length",
+        "window",
+    ),
     (r".*multiple_of", "multiple"),
 )
 FACTORS = (1, 2, 3, 4, 6, 8)  # multiples that are taken for a relation rather than chance
@@ -76,9 +79,11 @@ def shrunk_numbers(numbers: Mapping[str, int], plan: Plan) -> dict[str, int]:
     for name, value in numbers.items():
         role = roles[name]
         if role == "kv_heads":
-            small[name] = min(value, plan.heads if value >= _heads(numbers) else plan.kv_heads)
+            small[name] = min(value, plan.heads if value >= _first(numbers, "heads") else plan.kv_heads)
         elif role == "vocabulary":
             small[name] = value if value <= 2 * plan.vocabulary else plan.vocabulary
+        elif role == "width" and "emb" in name and value < _first(numbers, "width"):
+            small[name] = min(value, plan.width // 2)  # embeddings narrower than the states stay narrower
         elif role is not None and name not in small:
             small[name] = min(value, plan.of(role))
     for name, value in numbers.items():
@@ -88,8 +93,10 @@ def shrunk_numbers(numbers: Mapping[str, int], plan: Plan) -> dict[str, int]:
     return small | dict(_head_sums(numbers, small))
 
 
-def _heads(numbers: Mapping[str, int]) -> int:
-    return next((v for n, v in numbers.items() if role_of(n) == "heads"), 0)
+def _first(numbers: Mapping[str, int], role: str) -> int:
+    """The first number of a role; of the widths, that of the states where it has its common name."""
+    found = {n: v for n, v in numbers.items() if role_of(n) == role}
+    return found.get("hidden_size", next(iter(found.values()), 0))
 
 
 def _related(value: int, numbers: Mapping[str, int], small: Mapping[str, int]) -> int | None:
