@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from deltaprompt.backbone import Backbone, load
     from deltaprompt.data import few_shot, read
+    from deltaprompt.deltas._position_shift import PositionShift
     from deltaprompt.deltas.adapter import Adapter
     from deltaprompt.deltas.bitfit import BitFit
     from deltaprompt.deltas.ia3 import IA3
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from deltaprompt.deltas.prefix import Prefix
     from deltaprompt.deltas.soft_prompt import SoftPrompt
     from deltaprompt.errors import DeltaPromptError
+    from deltaprompt.interchange import open_peft, save_peft
     from deltaprompt.model import Model, Task, adapt
     from deltaprompt.model.saved import open_ as open
     from deltaprompt.trainer import Run, Training, fit
@@ -39,6 +41,7 @@ __all__ = [
     "LabelWords",
     "LoRA",
     "Model",
+    "PositionShift",
     "Prefix",
     "Prototypes",
     "Run",
@@ -52,7 +55,9 @@ __all__ = [
     "fit",
     "load",
     "open",
+    "open_peft",
     "read",
+    "save_peft",
 ]
 
 _WHERE = {
@@ -62,6 +67,7 @@ _WHERE = {
     "LabelDescriptions": "verbalizers.label_descriptions",
     "LabelWords": "verbalizers.label_words",
     "Model": "model",
+    "PositionShift": "deltas._position_shift",
     "Prototypes": "verbalizers.prototypes",
     "Run": "trainer",
     "SoftVerbalizer": "verbalizers.soft",
@@ -72,7 +78,9 @@ _WHERE = {
     "fit": "trainer",
     "load": "backbone",
     "open": "model.saved",
+    "open_peft": "interchange",
     "read": "data",
+    "save_peft": "interchange",
 }
 
 

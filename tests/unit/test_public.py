@@ -36,6 +36,7 @@ def test_the_public_names():
         "LabelWords",
         "LoRA",
         "Model",
+        "PositionShift",
         "Prefix",
         "Prototypes",
         "Run",
@@ -49,7 +50,9 @@ def test_the_public_names():
         "fit",
         "load",
         "open",
+        "open_peft",
         "read",
+        "save_peft",
     ]
     assert set(deltaprompt.__all__) <= set(dir(deltaprompt))
 
@@ -75,7 +78,7 @@ def test_importing_costs_nothing():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], *([c, "--help"] for c in ("fit", "predict", "inspect", "demo"))]
+    "arguments", [["--help"], ["--version"], *([c, "--help"] for c in ("fit", "predict", "inspect", "export", "import", "demo"))]
 )
 def test_help_answers_without_torch(arguments):
     code = f"sys.argv = ['deltaprompt', *{arguments}]\nfrom deltaprompt.cli import app\napp(standalone_mode=False)"

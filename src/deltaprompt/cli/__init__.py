@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from deltaprompt import __version__
-from deltaprompt.cli import demo, fit, inspect, methods, predict
+from deltaprompt.cli import demo, fit, inspect, interchange, methods, predict
 from deltaprompt.cli.console import guarded
 
 app = typer.Typer(
@@ -18,6 +18,8 @@ app = typer.Typer(
 )
 for command in (fit.fit, predict.predict, predict.evaluate, inspect.inspect, methods.methods, demo.demo):
     app.command()(guarded(command))
+app.command()(guarded(interchange.export))
+app.command("import")(guarded(interchange.import_))
 
 
 def _version(asked: bool) -> None:

@@ -9,13 +9,13 @@ from typing import ClassVar
 from torch import Tensor
 
 from deltaprompt.backbone.sites import Site
-from deltaprompt.deltas._base import Before, Delta, Taxonomy
+from deltaprompt.deltas._base import Before, Delta, Shared, Taxonomy
 from deltaprompt.errors import ConfigError
 from deltaprompt.params import Param, Weights
 
 
 @dataclass(frozen=True)
-class PositionShift(Delta, Before):
+class PositionShift(Delta, Before, Shared):
     """No parameters: what makes a `Prefix` PEFT's where positions are learned (BERT, GPT-2), beside it.
 
     The text may then be as many tokens shorter as it is shifted by.
@@ -41,6 +41,10 @@ class PositionShift(Delta, Before):
 
     def params(self, site: Site) -> Mapping[str, Param]:
         """None."""
+        return {}
+
+    def shared(self, sites: Sequence[Site]) -> Mapping[str, Param]:
+        """None either: it has nothing to train."""
         return {}
 
     def before(self, w: Weights, site: Site, x: Tensor) -> Tensor:

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltaprompt.backbone import Backbone, attention
 from deltaprompt.compose import Adapted
 from deltaprompt.compose.patch import Patch
 from deltaprompt.deltas._base import KeyValue
+from deltaprompt.deltas._position_shift import PositionShift
 from deltaprompt.errors import StoreError
 from deltaprompt.model.model import evaluating
 
-PROBE = (3, 5, 2, 6, 4)  # token ids
+PROBE = 5  # tokens
 CLOSE = 1e-4  # of the largest number, in float32
 ROUNDINGS = 32  # of the model's own precision
 
@@ -36,17 +38,11 @@ class Table:
 
 
 @torch.no_grad()
-def reference(backbone: Backbone, table: Table, from_zero: bool = False) -> Tensor:
-    """The model's scores (an encoder's states) of a probe behind a cache.
-
-    Args:
-        from_zero: whether the probe's positions are given as from 0, where something moves them on already.
-    """
+def reference(backbone: Backbone, table: Table) -> Tensor:
+    """The model's scores (an encoder's states) of a probe behind a cache."""
     inputs = _inputs(backbone)
     mask = "decoder_attention_mask" if backbone.kind == "seq2seq" else "attention_mask"
-    inputs[mask] = torch.ones(1, table.length + len(PROBE), dtype=torch.long, device=inputs[mask].device)
-    if from_zero:
-        inputs["position_ids"] = torch.arange(len(PROBE), device=inputs[mask].device)[None]
+    inputs[mask] = torch.ones(1, table.length + PROBE, dtype=torch.long, device=inputs[mask].device)
     try:
         with evaluating(backbone.model):
             return cast(Tensor, backbone.model(**inputs, past_key_values=_cache(backbone, table))[0])
@@ -72,23 +68,35 @@ def check(adapted: Adapted, slot: int, expected: Tensor) -> None:
 
 
 @contextmanager
-def without_prefix(adapted: Adapted, slot: int) -> Iterator[None]:
-    """Within it the keys and values of an adapted backbone are its own."""
-    patches = [p for p in cast(list[Patch], list(adapted.patches)) if isinstance(p.delta, KeyValue)]
-    modules = [adapted.model.get_submodule(patch.site.path) for patch in patches]
-    for module, patch in zip(modules, patches, strict=True):
+def bare(adapted: Adapted, slot: int) -> Iterator[None]:
+    """Within it the keys and values of an adapted backbone are its own, and the text's positions are not moved."""
+    patches = cast(list[Patch], list(adapted.patches))
+    prefixes = [(adapted.model.get_submodule(p.site.path), p) for p in patches if isinstance(p.delta, KeyValue)]
+    back = [
+        adapted.model.get_submodule(p.site.path).register_forward_pre_hook(partial(_moved_back, p.delta.by))
+        for p in patches
+        if isinstance(p.delta, PositionShift)
+    ]
+    for module, patch in prefixes:
         attention.take_away(module, patch.key_value)
     try:
         with adapted.routing.at(slot):
             yield
     finally:
-        for module, patch in zip(modules, patches, strict=True):
+        for module, patch in prefixes:
             attention.hooks_at(module).append(patch.key_value)
+        for handle in back:
+            handle.remove()
+
+
+def _moved_back(by: int, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (args[0] - by, *args[1:])
 
 
 def _inputs(backbone: Backbone) -> dict[str, Any]:
     """The probe for a kind of backbone."""
-    ids = torch.tensor([PROBE], device=backbone.model.device)
+    ids = torch.arange(3, 3 + PROBE, device=backbone.model.device)[None]
+    ids = ids + PROBE * (ids == backbone.tokenizer.pad_token_id)  # padding may have no position of its own
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if backbone.kind == "seq2seq":
         inputs |= {"decoder_input_ids": ids.flip(1), "decoder_attention_mask": torch.ones_like(ids)}

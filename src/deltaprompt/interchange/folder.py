@@ -45,8 +45,7 @@ def read(path: str | Path) -> Folder:
         StoreError: a file is missing, damaged, or a pickle.
     """
     path = Path(path)
-    config = _config(path)
-    return Folder(path, config, _tensors(path))
+    return Folder(path, config_of(path), _tensors(path))
 
 
 def write(path: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:
@@ -85,7 +84,8 @@ def _put(path: Path, data: bytes) -> None:
         os.fsync(f.fileno())
 
 
-def _config(path: Path) -> dict[str, Any]:
+def config_of(path: Path) -> dict[str, Any]:
+    """The config of a PEFT folder, checked to be one."""
     if not path.is_dir():
         beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
         raise StoreError(

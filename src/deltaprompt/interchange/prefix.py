@@ -51,6 +51,8 @@ def _table(folder: Folder, backbone: Backbone, sites: Sequence[Site]) -> Table:
     """The folder's table by the layers that read it."""
     length = folder.whole("num_virtual_tokens")
     heads, width = sites[0].heads, sites[0].outputs
+    if not heads:
+        raise StoreError(f"the number of heads at {sites[0].name} is not known; prefix tuning cannot act there")
     if any((site.heads, site.outputs) != (heads, width) for site in sites):
         raise StoreError("layers of this backbone have keys of different sizes; a prefix of PEFT has no form here")
     asked = {"num_attention_heads": heads, "token_dim": width}
@@ -102,8 +104,8 @@ def write(pieces: Sequence[Piece], backbone: Backbone, adapted: Adapted, slot: i
     keys = [turns[s.name].turned(k, forward=True) if s.name in turns else k for s, k in zip(sites, keys, strict=True)]
     values = [at[s.name].tensors["v"] for s in sites]
     table = Table(tuple(keys), tuple(values))
-    with cached.without_prefix(adapted, slot):
-        expected = cached.reference(backbone, table, from_zero=positions.moves_text(backbone))
+    with cached.bare(adapted, slot):
+        expected = cached.reference(backbone, table)
     cached.check(adapted, slot, expected)
     return Written(_config(table, backbone), {TABLE: _flat(table, backbone)})
 
