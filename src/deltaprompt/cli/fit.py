@@ -43,6 +43,7 @@ def fit(
     batch_size: options.BatchSize = None,
     learning_rate: options.LearningRate = None,
     precision: options.Precision = None,
+    checkpointing: options.Checkpointing = False,
     out: options.Out = None,
     resume: options.Resume = False,
     as_json: options.Json = False,
@@ -90,7 +91,7 @@ def _tables(given: dict[str, Any]) -> dict[str, Any]:
             "drop_empty": given["drop_empty"] or None,
             "hold_out": False if given["no_dev"] else None,
         },
-        "training": {name: given[name] for name in training},
+        "training": {name: given[name] for name in training} | {"checkpointing": given["checkpointing"] or None},
         "deltas": [] if none else [variant_of("deltas", text) for text in deltas] if deltas else None,
         **{name: given[name] for name in ("seeds", "shots", "out")},
     }

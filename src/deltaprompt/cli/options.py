@@ -104,6 +104,10 @@ LearningRate = Annotated[
 Precision = Annotated[
     str | None, _option("--precision", help="no (the default), bf16, fp16.", panel=TRAINING, metavar="P")
 ]
+Checkpointing = Annotated[
+    bool,
+    _option("--checkpointing", help="Less memory, a third more time: layers are computed again.", panel=TRAINING),
+]
 
 Out = Annotated[
     str | None, _option("--out", help="The folder that keeps what is learned.", panel=OUTPUT, metavar="DIR")

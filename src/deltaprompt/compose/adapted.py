@@ -10,13 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from types import MethodType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from deltaprompt.backbone import Backbone, attention
@@ -24,6 +22,7 @@ from deltaprompt.compose.freezing import freeze, thaw
 from deltaprompt.compose.merging import merged
 from deltaprompt.compose.patch import Patch
 from deltaprompt.compose.placing import sites_of
+from deltaprompt.compose.recomputing import AGAIN, Recomputing, layers_of
 from deltaprompt.compose.routing import Index, Routing
 from deltaprompt.compose.stack import Common, Stack
 from deltaprompt.deltas._base import After, Before, Delta, Fixed, KeyValue, Reparametrised, Shared
@@ -57,6 +56,7 @@ class Adapted(nn.Module):
         self.slots = slots
         self.seeds = tuple(seeds)
         self.routing = Routing()
+        self.recomputing = Recomputing(self.routing)
         self.patches = nn.ModuleList()
         self.commons = nn.ModuleList()  # one a delta
         self._handles: list[RemovableHandle] = []
@@ -102,6 +102,8 @@ class Adapted(nn.Module):
 
     def _release(self) -> None:
         """The hooks taken away, and the backbone no longer frozen by this."""
+        if self.recomputing.always:
+            self.checkpointing(False)
         self._unhook()
         if self._attached:
             thaw(self.model)
@@ -154,6 +156,8 @@ class Adapted(nn.Module):
             if isinstance(delta, KeyValue):
                 attention.install(self.model)
                 attention.hooks_at(module).append(patch.key_value)
+        for layer in layers_of(self.model):
+            self._handles.append(layer.register_forward_pre_hook(self.recomputing.enter))
         for stacks in (self.commons, self.patches):
             stacks.train(self.training)
         self._attached = True
@@ -167,6 +171,8 @@ class Adapted(nn.Module):
         for patch in self._placed():
             if isinstance(patch.delta, KeyValue):
                 attention.take_away(self.model.get_submodule(patch.site.path), patch.key_value)
+        for layer in layers_of(self.model):
+            self.recomputing.leave(layer)
         attention.release(self.model)
 
     # Running
@@ -198,13 +204,16 @@ class Adapted(nn.Module):
             yield
 
     def checkpointing(self, on: bool = True) -> None:
-        """Whether the backward pass computes layers again, in the slots of their own forward pass, to save memory."""
+        """Whether the backward pass computes layers again, to save memory; also those that are in evaluation mode.
+
+        transformers' own switch does so as well: either way a layer runs again in the slots of its own forward pass.
+        """
         if not self.model.supports_gradient_checkpointing:
             raise ConfigError(
                 f"{type(self.model).__name__} cannot compute its layers again; train it without checkpointing"
             )
-        again = partial(checkpoint, use_reentrant=False, context_fn=self.routing.replay)
-        self.model._set_gradient_checkpointing(enable=on, gradient_checkpointing_func=again)
+        self.recomputing.always = on
+        self.model._set_gradient_checkpointing(enable=on, gradient_checkpointing_func=AGAIN)
 
     # Its tensors
 

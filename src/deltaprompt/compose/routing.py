@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 
 from torch import Tensor
 
@@ -24,7 +24,3 @@ class Routing:
             yield
         finally:
             self.index = kept
-
-    def replay(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """For checkpointing: nothing around the forward pass, and the slots of now around its recomputation."""
-        return nullcontext(), self.at(self.index)

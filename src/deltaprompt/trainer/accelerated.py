@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,3 +51,16 @@ def optimizer_for(model: Model, training: Training) -> torch.optim.Optimizer:
         {"params": verbalizer, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=training.learning_rate)
+
+
+@contextmanager
+def recomputed(model: Model, on: bool) -> Iterator[None]:
+    """Within it the backward pass computes the backbone's layers again, where that is asked for."""
+    if not on:
+        yield
+        return
+    model.adapted.checkpointing()
+    try:
+        yield
+    finally:
+        model.adapted.checkpointing(False)

@@ -13,7 +13,7 @@ import torch
 
 from deltaprompt.model import Model
 from deltaprompt.trainer import failures
-from deltaprompt.trainer.accelerated import Lone, accelerator_for, optimizer_for
+from deltaprompt.trainer.accelerated import Lone, accelerator_for, optimizer_for, recomputed
 from deltaprompt.trainer.checkpoint import Checkpoints, hold_back_weights
 from deltaprompt.trainer.kept import Kept, finished
 from deltaprompt.trainer.measure import measured
@@ -64,7 +64,7 @@ def fit(
         if before is not None:
             checkpoints.clear()  # what is left where it was killed while it did so
             return before
-    with chance_kept(model.device):
+    with chance_kept(model.device), recomputed(model, training.checkpointing):
         loop = Loop(model, training, seed, checkpoints, progress or usual())
         with failures.of_memory(training):
             loop.begin(train, dev, resume)

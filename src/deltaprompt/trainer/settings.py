@@ -14,7 +14,7 @@ from deltaprompt.model import Model
 from deltaprompt.trainer.training import Training
 from deltaprompt.types import Example
 
-FREE = ("checkpoint_every",)  # options that change no number
+FREE = ("checkpoint_every", "checkpointing")  # options that change no number
 Examples = Sequence[Example]
 
 
