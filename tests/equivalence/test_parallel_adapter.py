@@ -37,13 +37,13 @@ class Beside(nn.Module):
 
 
 class BertOutput(nn.Module):
-    """LayerNorm(block(x) + x): a BERT layer behind its attention."""
+    """LayerNorm(block(x) + x): a BERT layer behind its attention, with all of the block in its last module."""
 
     def __init__(self, block, norm):
         super().__init__()
         self.block, self.norm = block, norm
 
-    def forward(self, x):
+    def forward(self, _, x):
         return self.norm(self.block(x) + x)
 
 
@@ -53,7 +53,7 @@ def beside_every_block(family, model):
     if family == "bert":
         for layer in model.bert.encoder.layer:
             made.append(Beside(nn.Sequential(layer.intermediate, layer.output.dense), 16, 16))
-            layer.feed_forward_chunk = BertOutput(made[-1], layer.output.LayerNorm)
+            layer.intermediate, layer.output = nn.Identity(), BertOutput(made[-1], layer.output.LayerNorm)
     elif family == "llama":
         for layer in model.model.layers:
             layer.mlp = Beside(layer.mlp, 16, 16)
