@@ -65,7 +65,7 @@ def opened(folder: Path, family: str, dtype: torch.dtype = torch.float32) -> Any
 
 
 def scores(model: Any, family: str, prompted: bool = False, **how: Any) -> torch.Tensor:
-    """The scores of a padded batch at the text's real positions; `prompted`: with virtual ids in front, for our models."""
+    """The scores of a padded batch at the text's real positions; `prompted` puts virtual ids in front."""
     backbone = _shared(family)
     inputs = zoo.inputs_of(backbone)
     with torch.no_grad():

@@ -75,7 +75,7 @@ def shaped(folder: Folder, name: str, shape: tuple[int, ...]) -> Tensor:
 
 def check_all_used(folder: Folder, used: set[str], backbone: Backbone) -> None:
     """An error where a folder has a tensor that nothing here stands for, unless it is the backbone's own, unchanged."""
-    for name, tensor in folder.tensors.items():
+    for name, tensor in sorted(folder.tensors.items()):
         if name in used or _is_own(name, tensor, backbone):
             continue
         path = name.removeprefix(PREFIX).rpartition(".lora_")[0] or name.removeprefix(PREFIX).rpartition(".")[0]
