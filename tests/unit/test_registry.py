@@ -44,9 +44,9 @@ def test_options_are_used():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("loar", {}, "no delta 'loar'; did you mean 'lora'?"),
+        ("loar", {}, "no delta 'loar'; did you mean 'lora'"),
         ("lora", {"rnk": 4}, "delta 'lora' has no option 'rnk'; did you mean 'rank'?"),
-        ("lora", {"zzz": 4}, "delta 'lora' has no option 'zzz'; possible: rank, alpha"),
+        ("lora", {"zzz": 4}, "delta 'lora' has no option 'zzz'; possible: gated, rank, alpha"),
         ("lora", {"rank": "much"}, "delta 'lora', option rank: got 'much'"),
         ("lora", {"rank": 0}, "lora: got rank=0, dropout=0.0; rank >= 1 and 0 <= dropout < 1 are possible"),
         ("lora", {"dropout": 1.0}, "lora: got rank=8, dropout=1.0"),
@@ -63,7 +63,7 @@ def test_a_wrong_option_is_an_error(name, options, message):
 
 
 def test_a_stored_form_needs_its_kind():
-    with pytest.raises(ConfigError, match="a delta needs the key 'kind'; possible: adapter, bitfit"):
+    with pytest.raises(ConfigError, match="a delta needs the key 'kind'; possible: adapter, adapter_bias, bitfit"):
         registry.from_description("deltas", {"rank": 4})
 
 
