@@ -13,7 +13,7 @@ GATE, GATE_BIAS = "gate", "gate_bias"
 
 
 def sites_of(delta: Delta, backbone: Backbone) -> list[Site]:
-    """The sites a delta goes to on a backbone; an error where there is none, or where it cannot act."""
+    """The sites where a delta has tensors on a backbone; an error where there is none, or where it cannot act."""
     name = type(delta).__name__
     chosen = backbone.sites.select(delta.selectors())
     fitting = [site for site in chosen if site.kind in delta.acts_on]
@@ -25,7 +25,15 @@ def sites_of(delta: Delta, backbone: Backbone) -> list[Site]:
         raise ConfigError(f"{name} cannot be gated: what enters {fitting[0].name} are token ids; leave out gated")
     if isinstance(delta, KeyValue):
         _check_attention(delta, fitting, backbone)
-    return fitting
+    if isinstance(delta, Shared):
+        return fitting
+    training = [site for site in fitting if delta.params(site)]
+    if not training:
+        raise SiteError(
+            f"{name} has nothing to train at {list(delta.selectors())}: none of what it trains is at "
+            f"{', '.join(site.name for site in fitting[:3])}; choose other sites"
+        )
+    return training
 
 
 def _check_attention(delta: Delta, sites: list[Site], backbone: Backbone) -> None:
