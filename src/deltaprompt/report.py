@@ -13,7 +13,8 @@ from torch import nn
 
 from deltaprompt import registry
 from deltaprompt.backbone import Backbone, Site
-from deltaprompt.compose import sites_of
+from deltaprompt.compose import parameters_of, sites_of
+from deltaprompt.compose.placing import gate_params
 from deltaprompt.deltas._base import Delta, VirtualTokens
 from deltaprompt.errors import SiteError
 
@@ -101,15 +102,15 @@ def _matched(delta: Delta, backbone: Backbone) -> dict[str, Site]:
 
 
 def _cost(delta: Delta, site: Site) -> int:
-    """The closed form of what a delta trains at a site."""
-    return sum(param.size for param in delta.params(site).values())
+    """The closed form of what a delta trains at a site, its gate included."""
+    return sum(param.size for param in {**delta.params(site), **gate_params(delta, site)}.values())
 
 
 def _placement(delta: Delta, matched: Mapping[str, Site], backbone: Backbone, total: int) -> Placement:
     described = registry.describe("deltas", delta)
     try:
         chosen = sites_of(delta, backbone)
-        parameters = sum(_cost(delta, site) for site in chosen)
+        parameters = parameters_of(delta, backbone)
     except SiteError as error:
         return Placement(described, len(matched), 0, 0.0, str(error))
     return Placement(described, len(chosen), parameters, parameters / total)
