@@ -71,7 +71,10 @@ class Adapted(nn.Module):
     # Attaching and removing
 
     def attach(self, delta: Delta) -> None:
-        """Puts one more delta around those that are there, started from the slots' seeds."""
+        """Puts one more delta around those that are there, started from the slots' seeds.
+
+        Where others have deltas on the backbone too, these all then lie around theirs; so it is after `unmerge`.
+        """
         self._check_open()
         common, patches = self._made(delta)
         self._unhook()
@@ -234,6 +237,7 @@ class Adapted(nn.Module):
     @torch.no_grad()
     def stored(self, slot: int = 0) -> dict[str, Tensor]:
         """What is kept of one slot, by stored name: what trains, and of a reparametrised delta what it computes."""
+        self._check_open()
         computed = {str(n) for n, delta in enumerate(self.deltas) if isinstance(delta, Reparametrised)}
         kept = {name: t.detach()[slot] for name, t in self.parts() if name.partition(".")[0] not in computed}
         for patch in self._placed():
@@ -249,7 +253,6 @@ class Adapted(nn.Module):
             return
         kept = [self.stored(slot) for slot in range(self.slots)]
         deltas = [plain(delta) for delta in self.deltas]
-        self._check_open()
         self._unhook()
         self.deltas, self.patches, self.commons = (), nn.ModuleList(), nn.ModuleList()
         for delta in deltas:
