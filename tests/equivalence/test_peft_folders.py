@@ -308,6 +308,17 @@ def test_modules_are_named_as_peft_names_them(named, tmp_path):
     assert_close(scores(opened(tmp_path / "back", "llama"), "llama"), scores(theirs, "llama"), **CLOSE)
 
 
+def test_dropout_is_pefts_and_rests_until_training(tmp_path):
+    theirs = made("llama", config_of("lora", "llama", lora_dropout=0.5))
+    theirs.save_pretrained(tmp_path / "theirs")
+    adapted = open_peft(tmp_path / "theirs", zoo.build("llama"))
+    assert [delta.dropout for delta in adapted.deltas] == [0.5]
+    assert_close(scores(adapted, "llama"), scores(theirs, "llama"), **CLOSE)
+    assert not torch.allclose(scores(adapted.train(), "llama"), scores(theirs, "llama"), atol=1e-3)
+    save_peft(adapted, tmp_path / "back")
+    assert config_in(tmp_path / "back")["lora_dropout"] == 0.5
+
+
 @each
 def test_a_backbone_in_half_precision(method, tmp_path):
     """The adapter is in float32 on both sides, so only roundings of the backbone differ."""

@@ -15,12 +15,14 @@ from deltaprompt.compose import Adapted, carries_deltas
 from deltaprompt.deltas._base import Delta
 from deltaprompt.deltas._position_shift import PositionShift
 from deltaprompt.errors import ConfigError
-from deltaprompt.interchange import cached, fields, folder, ia3, lora, prefix, prompt
+from deltaprompt.interchange import cached, fields, ia3, lora, prefix, prompt
+from deltaprompt.interchange.folder import CONFIG, Folder
+from deltaprompt.interchange.folder import read as read_folder
 from deltaprompt.interchange.forms import Opened
 from deltaprompt.model import Model, Task
 from deltaprompt.verbalizers._base import Started
 
-READERS: Mapping[str, Callable[[folder.Folder, Backbone], Opened]] = {
+READERS: Mapping[str, Callable[[Folder, Backbone], Opened]] = {
     fields.LORA: lora.read,
     fields.IA3: ia3.read,
     fields.PROMPT: prompt.read,
@@ -29,17 +31,17 @@ READERS: Mapping[str, Callable[[folder.Folder, Backbone], Opened]] = {
 
 
 @overload
-def open_peft(path: str | Path, backbone: Backbone) -> Adapted: ...
+def open_peft(folder: str | Path, backbone: Backbone) -> Adapted: ...
 @overload
-def open_peft(path: str | Path, backbone: Backbone, task: Task) -> Model: ...
-def open_peft(path: str | Path, backbone: Backbone, task: Task | None = None) -> Adapted | Model:
-    """A backbone with the deltas of a PEFT folder, which give the scores that peft's model of it gives.
+def open_peft(folder: str | Path, backbone: Backbone, task: Task) -> Model: ...
+def open_peft(folder: str | Path, backbone: Backbone, task: Task | None = None) -> Adapted | Model:
+    """A backbone with the deltas of a PEFT folder, which give the scores that peft's model of it gives; not training.
 
     LoRA (with rank and alpha patterns, rank-stabilised, DoRA), IA3, prompt tuning and prefix tuning. A soft prompt acts
     on virtual ids, `backbone.vocabulary` and on, that stand in front of the text; a `Model` puts them there itself.
 
     Args:
-        path: of the folder with `adapter_config.json` and `adapter_model.safetensors`.
+        folder: with `adapter_config.json` and `adapter_model.safetensors`.
         backbone: the model that the adapter was made for.
         task: where given, the result is a `Model` of it, whose label words or prototypes have their start.
 
@@ -49,9 +51,9 @@ def open_peft(path: str | Path, backbone: Backbone, task: Task | None = None) ->
     """
     if carries_deltas(backbone.model):
         raise ConfigError("this backbone already carries deltas, which would act here too; take them off it first")
-    held = folder.read(path)
-    opened = READERS[fields.method_of(held.config, held.path / folder.CONFIG)](held, backbone)
-    model = _attached(opened, backbone, task)
+    held = read_folder(folder)
+    opened = READERS[fields.method_of(held.config, held.path / CONFIG)](held, backbone)
+    model = _attached(opened, backbone, task).eval()
     adapted = model if isinstance(model, Adapted) else model.adapted
     fill(adapted, opened.tensors)
     _check(adapted, opened)

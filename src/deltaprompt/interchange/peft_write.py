@@ -18,7 +18,8 @@ from deltaprompt.deltas.lora import LoRA
 from deltaprompt.deltas.prefix import Prefix
 from deltaprompt.deltas.soft_prompt import SoftPrompt
 from deltaprompt.errors import ConfigError, StoreError
-from deltaprompt.interchange import folder, ia3, lora, prefix, prompt
+from deltaprompt.interchange import ia3, lora, prefix, prompt
+from deltaprompt.interchange.folder import write as write_folder
 from deltaprompt.interchange.forms import Piece, Written
 from deltaprompt.model import Model
 
@@ -26,13 +27,13 @@ FORMS = (LoRA, DoRA, IA3, SoftPrompt, Prefix)
 TASKS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "encoder": "FEATURE_EXTRACTION"}  # peft has none for masked
 
 
-def save_peft(model: Adapted | Model, path: str | Path, slot: int = 0, uniform: bool = False) -> int:
+def save_peft(model: Adapted | Model, folder: str | Path, slot: int = 0, uniform: bool = False) -> int:
     """Writes the deltas of one adaptation as a folder that `PeftModel.from_pretrained` opens; the bytes written.
 
     Only the deltas: a template has to be put around the text, and label words or prototypes be read, by who runs it.
 
     Args:
-        path: of the folder; made where there is none.
+        folder: is made where there is none.
         slot: which of the model's adaptations.
         uniform: for engines that read no `rank_pattern` and `alpha_pattern` (vLLM): LoRAs of different ranks and scales
             are written as one of the largest rank, with zeros, and of one scale.
@@ -51,7 +52,7 @@ def save_peft(model: Adapted | Model, path: str | Path, slot: int = 0, uniform: 
     pieces = _pieces(adapted, slot)
     backbone = adapted.backbone
     written = _written(method, pieces, adapted, slot, uniform)
-    return folder.write(path, {**_common(backbone), **written.config}, written.tensors)
+    return write_folder(folder, {**_common(backbone), **written.config}, written.tensors)
 
 
 def _method(adapted: Adapted) -> type[Any]:
