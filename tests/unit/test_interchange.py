@@ -465,3 +465,26 @@ def test_selectors_match_the_sites_and_no_others(family):
             found = selectors_of(some, sites)
             assert {site.name for site in sites.select(found)} == {site.name for site in some}
             assert len(found) <= len(some)
+
+
+# Learned positions
+
+
+LEARNED = {"bert", "roberta", "xlm-roberta", "distilbert", "albert", "electra", "mpnet", "mpnet-encoder", "gpt2"}
+LEARNED |= {"bert-encoder", "deberta-v2", "deberta-v3", "gpt_neo"}
+
+
+@pytest.mark.parametrize("family", [*zoo.FAMILIES, *zoo.UNTABLED])
+def test_learned_positions_are_a_site_where_they_are_an_embedding(family):
+    """Not where they are rotations or distances, nor where a table has code of its own (BART, OPT)."""
+    sites = zoo.build(family).sites
+    assert ("embed.position" in sites) == (family in LEARNED)
+
+
+def test_a_shift_goes_forward_and_is_stored_by_name():
+    with pytest.raises(ConfigError, match="position_shift: got by=0; by >= 1 is possible"):
+        PositionShift(0)
+    described = registry.describe("deltas", PositionShift(4))
+    assert described == {"kind": "position_shift", "gated": False, "by": 4, "at": ("embed.position",)}
+    assert registry.from_description("deltas", described) == PositionShift(4)
+    assert "position_shift" not in registry.variants("deltas")
