@@ -98,7 +98,6 @@ class Adapted(nn.Module):
     def remove(self) -> Backbone:
         """Takes every delta away and gives the backbone back as it was, bitwise; what is merged stays merged."""
         self._release()
-        self.deltas = ()
         self.patches, self.commons = nn.ModuleList(), nn.ModuleList()
         self._before_merge = None
         return self.backbone
@@ -145,6 +144,7 @@ class Adapted(nn.Module):
 
     def _hook(self) -> None:
         """Registers the hooks that the patches need, in the order of the deltas."""
+        torch.compiler.reset()  # compiled code does not notice hooks that come later, and would run without them
         changed = {patch.site.path for patch in self._placed() if isinstance(patch.delta, Before)}
         for patch in self._placed():
             site, delta = patch.site, patch.delta
@@ -166,6 +166,7 @@ class Adapted(nn.Module):
         self._attached = True
 
     def _unhook(self) -> None:
+        torch.compiler.reset()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from deltaprompt.backbone import Backbone
 from deltaprompt.backbone.continuation import prompted
-from deltaprompt.compose import Adapted, Index, Stack, carries_deltas, plain
+from deltaprompt.compose import Adapted, Index, Stack, carries_deltas
 from deltaprompt.deltas._base import Delta, VirtualTokens
 from deltaprompt.deltas.soft_prompt import SoftPrompt
 from deltaprompt.errors import ConfigError
@@ -55,9 +55,8 @@ class Model(nn.Module):
         super().__init__()
         self.task = task
         self.backbone = backbone
-        self.chosen = tuple(deltas)
         verbalizer = task.settled(backbone)
-        self.features = _features(backbone, task, verbalizer, self.chosen)
+        self.features = _features(backbone, task, verbalizer, deltas)
         setting = Setting(task.names, backbone.kind, backbone.width, self.features.answer_ids)
         constants = verbalizer.constants(setting)  # whatever is wrong is said before anything is attached
         if carries_deltas(backbone.model):
@@ -65,11 +64,16 @@ class Model(nn.Module):
                 "this backbone already carries another model's deltas, which would act here too; take them off it with "
                 "that model's .adapted.remove(), or load the backbone again"
             )
-        self.adapted = Adapted(backbone, _placed(self.chosen, self.features, backbone), len(seeds), seeds)
+        self.adapted = Adapted(backbone, _placed(deltas, self.features, backbone), len(seeds), seeds)
         self.scorer = Scorer(verbalizer, setting, constants, self.adapted)
         self.scorer.start(seeds)
         self._begin_soft_words()
         self.train(False)
+
+    @property
+    def chosen(self) -> tuple[Delta, ...]:
+        """The task's deltas; the soft tokens of its template are one more, the first of all."""
+        return self.adapted.deltas[1 if self.features.soft_rows else 0 :]
 
     @property
     def verbalizer(self) -> Verbalizer:
@@ -191,13 +195,17 @@ class Model(nn.Module):
 
     def stored(self, slot: int = 0) -> dict[str, Tensor]:
         """What is kept of one slot, by stored name: what trains, and of a reparametrised delta what it computes."""
+        if sum(d.length for d in self.chosen if isinstance(d, VirtualTokens)) != self.features.prepend_soft:
+            raise ConfigError(
+                "virtual tokens were attached or detached after the model was made, and its texts have as many as "
+                "before; make a new one with dp.adapt(backbone, task, deltas)"
+            )
         kept = {f"delta.{name}": tensor for name, tensor in self.adapted.stored(slot).items()}
         return kept | {f"verbalizer.{name}": tensor.detach()[slot] for name, tensor in self.scorer.tensors.items()}
 
     def settle(self) -> None:
         """Every reparametrised delta becomes the plain one that it computes, as `save` keeps it; answers stay."""
         self.adapted.settle()
-        self.chosen = tuple(plain(delta) for delta in self.chosen)
 
     def parameter_count(self) -> int:
         """Trainable numbers of one adaptation."""
@@ -222,7 +230,7 @@ class Model(nn.Module):
         for block in self.features.soft_blocks:
             if block.words is not None:
                 ids = torch.tensor(self.features.word_ids(block.words), device=self.device)
-                name = f"delta.{len(self.adapted.deltas) - 1}.{self.backbone.input_embedding}.p"
+                name = f"delta.0.{self.backbone.input_embedding}.p"
                 with torch.no_grad():
                     parts[name][:, row : row + block.size] = self.backbone.model.get_input_embeddings()(ids).to(
                         parts[name].dtype
@@ -273,14 +281,14 @@ def _features(backbone: Backbone, task: Task, verbalizer: Verbalizer, deltas: Se
 
 
 def _placed(deltas: Sequence[Delta], features: Features, backbone: Backbone) -> list[Delta]:
-    """The deltas with soft prompts in their rows of virtual tokens, and one more for the template's own soft tokens."""
+    """The deltas with soft prompts in their rows of virtual tokens, behind one for the template's own soft tokens."""
     first, placed = 0, list[Delta]()
     for delta in deltas:
         if isinstance(delta, VirtualTokens):
             delta, first = replace(delta, first=first, at=(backbone.input_embedding,)), first + delta.length
         placed.append(delta)
     if features.soft_rows:
-        placed.append(SoftPrompt(length=features.soft_rows, first=first, at=(backbone.input_embedding,)))
+        placed.insert(0, SoftPrompt(length=features.soft_rows, first=first, at=(backbone.input_embedding,)))
     return placed
 
 
