@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from deltaprompt import __version__
-from deltaprompt.cli import demo, fit, inspect, interchange, methods, predict
+from deltaprompt.cli import conformance, demo, fit, inspect, interchange, methods, predict
 from deltaprompt.cli.console import guarded
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
 for command in (fit.fit, predict.predict, predict.evaluate, inspect.inspect, methods.methods, demo.demo):
     app.command()(guarded(command))
 app.command()(guarded(interchange.export))
+app.command()(guarded(conformance.conformance))
 app.command("import")(guarded(interchange.import_))
 
 
