@@ -64,7 +64,7 @@ class Model(nn.Module):
                 "this backbone already carries another model's deltas, which would act here too; take them off it with "
                 "that model's .adapted.remove(), or load the backbone again"
             )
-        self.adapted = Adapted(backbone, _placed(deltas, self.features, backbone), len(seeds), seeds)
+        self.adapted = Adapted(backbone, _placed(deltas, self.features), len(seeds), seeds)
         self.scorer = Scorer(verbalizer, setting, constants, self.adapted)
         self.scorer.start(seeds)
         self._begin_soft_words()
@@ -280,15 +280,15 @@ def _features(backbone: Backbone, task: Task, verbalizer: Verbalizer, deltas: Se
     return replace(features, answer_lengths=verbalizer.answer_lengths(setting))
 
 
-def _placed(deltas: Sequence[Delta], features: Features, backbone: Backbone) -> list[Delta]:
+def _placed(deltas: Sequence[Delta], features: Features) -> list[Delta]:
     """The deltas with soft prompts in their rows of virtual tokens, behind one for the template's own soft tokens."""
     first, placed = 0, list[Delta]()
     for delta in deltas:
         if isinstance(delta, VirtualTokens):
-            delta, first = replace(delta, first=first, at=(backbone.input_embedding,)), first + delta.length
+            delta, first = replace(delta, first=first), first + delta.length
         placed.append(delta)
     if features.soft_rows:
-        placed.insert(0, SoftPrompt(length=features.soft_rows, first=first, at=(backbone.input_embedding,)))
+        placed.insert(0, SoftPrompt(length=features.soft_rows, first=first))
     return placed
 
 
