@@ -18,7 +18,8 @@ from deltaprompt.compose.placing import gate_params
 from deltaprompt.deltas._base import Delta, VirtualTokens
 from deltaprompt.errors import SiteError
 
-LAYER = re.compile(r"(.*?layers)\.(\d+)\.(.+)")
+LAYER = re.compile(r"(.*?layers)\.(\d+)(?:\.(.+))?")
+WHOLE = "(layer)"  # how the site that is a whole layer is called within it
 
 
 @dataclass(frozen=True)
@@ -122,12 +123,12 @@ def _site_reports(
     modules = dict(backbone.model.named_modules())
     seen: set[tuple[int, object]] = set()
     for name, site in backbone.sites.items():
-        own = list(modules[site.path].parameters(recurse=False)) if site.kind != "attn" else []
+        own = list(modules[site.path].parameters(recurse=False)) if site.kind in ("linear", "norm", "embed") else []
         fresh = [p for p in own if (id(p), site.part) not in seen]
         seen |= {(id(p), site.part) for p in own}
         parameters = sum(_own_share(site, modules[site.path], p) for p in fresh)
         costs = tuple(_cost(d, site) if name in m else None for d, m in zip(deltas, matched, strict=True))
-        short = found[3] if (found := LAYER.fullmatch(name)) else name
+        short = found[3] or WHOLE if (found := LAYER.fullmatch(name)) else name
         yield (
             name,
             SiteReport(short, site.kind, site.inputs, site.outputs, parameters, costs, tied=len(fresh) < len(own)),

@@ -11,10 +11,10 @@ from torch.nn import functional
 from torch.testing import assert_close
 
 import deltaprompt.backbone.demo as demo
+import deltaprompt.backbone.naming as naming
 from deltaprompt.backbone import load
 from deltaprompt.backbone.families import SHAPED_LIKE, TABLES
 from deltaprompt.backbone.load import kind_of, wrap
-from deltaprompt.backbone.naming import guess
 from deltaprompt.backbone.sites import Part, Sites, linear_sizes
 from deltaprompt.errors import BackboneError, SiteError
 from tests import backbones_zoo as zoo
@@ -22,12 +22,8 @@ from tests import tokenizers_zoo
 from tests.backbones_zoo import inputs_of
 
 ALL = [*zoo.FAMILIES, *zoo.UNTABLED]
-FUSED_WHOLE = ("bloom", "falcon")  # no table, and the parts of a fused map have no names to tell them by
-GUESSED_ALIKE = [
-    "bert", "roberta", "distilbert", "electra", "mpnet", "opt", "llama", "mistral", "qwen2", "qwen3",
-    "gemma", "gemma2", "gemma3", "phi", "t5", "t5-gated", "bart",
-]  # fmt: skip
-OWN_ATTENTION = ("mpnet", "mpnet-encoder", "deberta-v2", "deberta-v3", "bloom", "gptj", "gpt_neo")
+OWN_ATTENTION = ("mpnet", "mpnet-encoder", "deberta-v2", "deberta-v3", "bloom", "gptj", "gpt_neo", "falcon")
+ONLY_TABLES = re.compile(r"project|pos_")  # what lies outside of layers, and DeBERTa's maps of positions
 TEXTS = ["It was a great movie .", "bad"]
 
 
@@ -50,7 +46,7 @@ def layer_linears(backbone):
 @pytest.mark.parametrize("family", ALL)
 def test_every_layer_has_every_site(family):
     backbone = shared(family)
-    maps = ("qkv", "o") if family in FUSED_WHOLE else ("q", "k", "v", "o")
+    maps = ("q", "k", "v", "o")
     wanted = {
         f"{side}layers.{i}.{block}{part}"
         for side in stacks(backbone)
@@ -59,6 +55,7 @@ def test_every_layer_has_every_site(family):
         for part in ("", *(f".{m}" for m in maps))
     }
     wanted |= {f"{side}layers.{i}.ffn.{m}" for side in stacks(backbone) for i in range(2) for m in ("up", "down")}
+    wanted |= {f"{side}layers.{i}{block}" for side in stacks(backbone) for i in range(2) for block in ("", ".ffn")}
     wanted |= {f"{side}embed" for side in stacks(backbone)}
     wanted |= set() if backbone.head is None else {"head"}
     assert wanted <= set(backbone.sites)
@@ -140,7 +137,7 @@ def received_by_attention(backbone, inputs, monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("family", [f for f in ALL if f not in (*OWN_ATTENTION, *FUSED_WHOLE)])
+@pytest.mark.parametrize("family", [f for f in ALL if f not in OWN_ATTENTION])
 def test_q_k_v_are_what_the_attention_receives(family, monkeypatch):
     """Up to a factor (OPT scales q), and at position 0, where rotary embeddings do nothing."""
     backbone = zoo.build(family, torch.float64)
@@ -201,16 +198,18 @@ def test_the_states_are_the_models_last_hidden_states(family):
     assert_close(backbone.states(inputs), theirs, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("family", GUESSED_ALIKE)
-def test_the_guess_gives_the_names_of_the_table(family):
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+def test_the_guess_gives_the_sites_of_the_table(family, monkeypatch):
     backbone = shared(family)
-    named = guess(dict(backbone.base.named_modules()))
-    prefix = next(p for p, m in backbone.model.named_modules() if m is backbone.base)
-    relative = {s.path.removeprefix(f"{prefix}.") if prefix else s.path: s.name for s in backbone.sites.values()}
-    found_elsewhere = ("head", "embed.position")
-    relative = {p: name for p, name in relative.items() if name not in found_elsewhere and "project" not in name}
-    assert {path: named.get(path) for path in relative} == relative
-    assert not set(named) - set(relative) - {p for p in named if "project" in p}
+    monkeypatch.setattr(naming, "TABLES", {})
+    guessed = naming.name_sites(
+        backbone.model, backbone.base, backbone.config, None if backbone.head is None else backbone.head.out
+    )
+    table = {n: s for n, s in backbone.sites.items() if not ONLY_TABLES.search(n) and n != "embed.position"}
+    found = {n: s for n, s in guessed.items() if not ONLY_TABLES.search(n)}
+    if family == "deberta-v3":
+        found.pop("norm")  # of its relative positions
+    assert found == table
 
 
 @pytest.mark.parametrize("family", zoo.UNTABLED)
@@ -279,14 +278,12 @@ def test_sites_are_a_mapping_whose_missing_names_are_errors():
         sites["layers.0.atn.q"]
 
 
-def test_a_model_without_attention_is_refused():
-    import transformers
-
-    config = transformers.MambaConfig(vocab_size=320, hidden_size=8, state_size=2, num_hidden_layers=1)
-    with zoo.quiet():
-        model = transformers.MambaForCausalLM(config)
-    with pytest.raises(BackboneError, match="no attention that DeltaPrompt can name"):
-        wrap(model, tokenizers_zoo.build("gpt2"))
+def test_a_model_without_word_embeddings_is_refused():
+    made = zoo.model("bert-encoder")
+    with pytest.raises(
+        BackboneError, match="has no word embedding that DeltaPrompt can find. Possible are models that"
+    ):
+        naming.name_sites(made, made.encoder, made.config.to_dict(), None)
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5", "bart", "bert-encoder", "roberta"])

@@ -36,7 +36,7 @@ class Prompted:
         """Σ_i log p(id_i | prompt, id_<i) [b, w] of answers ids [w, t] and lengths [w]; `last` [b, d] reads id_0."""
         scores = log_softmax(self._head.logits(last[:, None]).float(), dim=-1)[:, 0, ids[:, 0]]  # [b, w]
         rows, later, longer = len(last), ids.shape[1] - 1, (lengths > 1).nonzero()[:, 0]
-        scores_a_word = rows * max(later, 1) * self._head.out.out_features
+        scores_a_word = rows * max(later, 1) * self._head.size
         tokens_a_word = rows * (self.states.shape[1] + later)
         for some in longer.split(max(1, min(SCORES // scores_a_word, TOKENS // tokens_a_word))):
             scores = scores.index_add(1, some, self._later(ids[some], lengths[some], rows))

@@ -218,14 +218,28 @@ SHAPED_LIKE: dict[str, str] = {
     "umt5": "t5",
 }
 
-# What linear maps are called where no table is known, by the last part of their path.
+# What linear maps are called where no table is known, by the last part of their path in lower case.
 CALLED: dict[str, tuple[str, ...]] = {
-    "q": ("q", "query", "q_proj", "q_lin", "query_proj", "wq", "to_q", "linear_q"),
-    "k": ("k", "key", "k_proj", "k_lin", "key_proj", "wk", "to_k", "linear_k"),
-    "v": ("v", "value", "v_proj", "v_lin", "value_proj", "wv", "to_v", "linear_v"),
+    "q": (
+        *("q", "query", "q_proj", "q_lin", "query_proj", "q_head", "project_q", "wq", "to_q", "linear_q"),
+        "receptance",  # RWKV
+    ),
+    "k": ("k", "key", "k_proj", "k_lin", "key_proj", "k_head", "project_k", "wk", "to_k", "linear_k"),
+    "v": ("v", "value", "v_proj", "v_lin", "value_proj", "v_head", "project_v", "wv", "to_v", "linear_v"),
     "qkv": ("qkv", "wqkv", "qkv_proj", "query_key_value", "c_attn", "in_proj"),
-    "o": ("o", "o_proj", "out_proj", "out_lin", "wo", "c_proj", "dense", "to_out", "out", "linear_out"),
-    "gate": ("gate", "gate_proj", "w1", "wi_0", "linear_v"),
-    "up": ("up", "up_proj", "fc1", "fc_in", "wi", "wi_1", "w3", "lin1", "c_fc", "dense_h_to_4h", "linear"),
-    "down": ("down", "down_proj", "fc2", "fc_out", "wo", "w2", "lin2", "c_proj", "dense_4h_to_h", "linear_1"),
+    "kv": ("kv", "kv_proj", "wkv", "to_kv", "c_kv"),
+    "qk": ("query_key",),  # Reformer
+    "o": (
+        *("o", "o_proj", "out_proj", "out_lin", "wo", "c_proj", "dense", "to_out", "out", "linear_out"),
+        *("output", "post_proj", "attention_out"),
+    ),
+    "gate": ("gate", "gate_proj", "w1", "wi_0", "w_0", "proj_up_gate"),
+    "up": (
+        *("up", "up_proj", "fc1", "fc_in", "wi", "wi_1", "w3", "w_1", "lin1", "c_fc", "dense_h_to_4h", "linear"),
+        *("intermediate", "proj_up"),
+    ),
+    "down": (
+        *("down", "down_proj", "fc2", "fc_out", "wo", "w2", "w_out", "lin2", "c_proj", "dense_4h_to_h", "linear_1"),
+        *("output", "proj_down"),
+    ),
 }

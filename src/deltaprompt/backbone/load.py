@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 
 from deltaprompt.backbone.demo import demo_folder
 from deltaprompt.backbone.fingerprint import fingerprint
-from deltaprompt.backbone.heads import Head, find_head
-from deltaprompt.backbone.naming import name_sites
+from deltaprompt.backbone.heads import Head, find_head, widths
+from deltaprompt.backbone.naming import embedding_of, name_sites
+from deltaprompt.backbone.positions import NAME as POSITIONS
 from deltaprompt.backbone.positions import position_sites
 from deltaprompt.backbone.sites import Sites
 from deltaprompt.errors import BackboneError
@@ -25,13 +27,14 @@ if TYPE_CHECKING:
 
 Kind = Literal["masked", "causal", "seq2seq", "encoder"]
 DEMO = "demo"
+LAST = ("norm.project", "norm")  # sites that states leave from, where there is one
 LONGEST = 100_000  # tokenizers without a limit give 10^30
 ENDINGS: dict[str, Kind] = {
     "ForMaskedLM": "masked",
     "ForPreTraining": "masked",
     "ForCausalLM": "causal",
     "LMHeadModel": "causal",
-    "ForConditionalGeneration": "seq2seq",
+    "ForConditionalGeneration": "causal",  # of an encoder-decoder: told by its config
 }
 
 
@@ -46,10 +49,15 @@ class Backbone:
     sites: Sites = field(repr=False)
     head: Head | None = field(repr=False)  # None for a plain encoder
 
-    @property
+    @cached_property
     def base(self) -> nn.Module:
-        """The module whose output is the states: the model without its head."""
-        return self.model.base_model
+        """The module whose output is the states: the model without its head; all of an encoder-decoder."""
+        return base_of(self.model, self.kind)
+
+    @cached_property
+    def decoder(self) -> nn.Module:
+        """An encoder-decoder's decoder, without a head."""
+        return decoder_of(self.model)
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -59,9 +67,12 @@ class Backbone:
     @property
     def width(self) -> int:
         """d, the size of a state."""
-        if self.head is not None and not self.head.out_path and len(self.head.chain) == 1:
-            return self.head.out.in_features
-        return int(self.model.config.hidden_size)
+        if self.head is not None:
+            return self.head.width
+        last = next((name for name in LAST if name in self.sites), None)
+        if last is not None:
+            return self.sites[last].outputs
+        return next(iter(widths(self.config)), self.sites[self.input_embedding].outputs)
 
     @property
     def input_embedding(self) -> str:
@@ -76,12 +87,14 @@ class Backbone:
     @property
     def max_length(self) -> int:
         """The longest sequence that the model and its tokenizer can take, in tokens."""
-        config = self.config
-        position = config.get("max_position_embeddings") or config.get("n_positions") or LONGEST
-        roberta_like = config.get("pad_token_id") if config.get("model_type") in ROWS_AFTER_PAD else None
-        if roberta_like is not None:
-            position -= int(roberta_like) + 1
-        return min(int(self.tokenizer.model_max_length), int(position), LONGEST)
+        names = ("max_position_embeddings", "n_positions", "max_seq_len")
+        told = (self.config.get(name) for name in names)
+        position = next((int(n) for n in told if isinstance(n, int) and n > 0), LONGEST)
+        if POSITIONS in self.sites:
+            table = self.model.get_submodule(self.sites[POSITIONS].path)
+            if isinstance(table, nn.Embedding) and table.padding_idx is not None:  # positions start behind it
+                position = table.num_embeddings - table.padding_idx - 1
+        return min(int(self.tokenizer.model_max_length), position, LONGEST)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -91,27 +104,102 @@ class Backbone:
     def states(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The last hidden states [b, s, d]; of the decoder [b, t, d] for an encoder-decoder."""
         if self.kind == "seq2seq":
-            return self.decoded(self.encoded(inputs), inputs, use_cache=False).last_hidden_state
-        options = {"use_cache": False} if self.kind == "causal" else {}  # nobody reads the keys and values
-        return self.base(**inputs, **options).last_hidden_state
+            return states_of(self.decoded(self.encoded(inputs), inputs, use_cache=False))
+        if _needs_other(self.base, inputs):
+            return states_of(captured(self.model, self.base, inputs))
+        options = {"use_cache": False} if takes(self.base, "use_cache") else {}  # nobody reads the keys and values
+        return states_of(self.base(**_taken(self.base, inputs), **options))
 
     def encoded(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """An encoder-decoder's encoder states [b, s, d]."""
         encoder = self.model.get_encoder()
-        return encoder(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
+        return states_of(encoder(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]))
 
     def decoded(self, encoded: Tensor, inputs: Mapping[str, Tensor], **cache: Any) -> Any:
         """An encoder-decoder's decoder on `decoder_input_ids` [b, t], given the encoder's states."""
-        return self.model.get_decoder()(
-            input_ids=inputs["decoder_input_ids"],
-            attention_mask=inputs.get("decoder_attention_mask"),
-            encoder_hidden_states=encoded,
-            encoder_attention_mask=inputs["attention_mask"],
-            **cache,
-        )
+        own = {
+            "input_ids": inputs["decoder_input_ids"],
+            "attention_mask": inputs.get("decoder_attention_mask"),
+            "encoder_hidden_states": encoded,
+            "encoder_attention_mask": inputs["attention_mask"],
+        }
+        if not _needs_other(self.decoder, own):
+            return self.decoder(**own, **cache)
+        return captured(self.model, self.decoder, {**inputs, "encoder_outputs": (encoded,)}, **cache)
 
 
-ROWS_AFTER_PAD = ("roberta", "xlm-roberta", "camembert", "mpnet")  # positions start after the padding index
+def base_of(model: PreTrainedModel, kind: Kind) -> nn.Module:
+    """The module whose output is the states; for an encoder of two stacks its encoder, for an encoder-decoder all."""
+    if kind == "encoder" and model.config.is_encoder_decoder:
+        return model.get_encoder()
+    if model.base_model is not model or kind == "seq2seq" or model.get_output_embeddings() is None:
+        return model.base_model
+    embedding = embedding_of(model)
+    holding = [child for child in model.children() if any(module is embedding for module in child.modules())]
+    return holding[0] if len(holding) == 1 and holding[0] is not embedding else model
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """A model's decoder; without its head where that is part of it."""
+    from transformers import PreTrainedModel
+
+    decoder = model.get_decoder()
+    return decoder.base_model if isinstance(decoder, PreTrainedModel) else decoder
+
+
+class _Captured(Exception):
+    """Carries what a base gave out of the model that called it."""
+
+
+def captured(model: nn.Module, base: nn.Module, inputs: Mapping[str, Any], **cache: Any) -> Any:
+    """What a base gives when its model runs on these inputs, for bases that call their inputs otherwise."""
+
+    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        raise _Captured(output)
+
+    handle = base.register_forward_hook(leave)
+    try:
+        model(**_taken(model, inputs), **cache)
+    except _Captured as reached:
+        return reached.args[0]
+    finally:
+        handle.remove()
+    raise BackboneError(f"{type(model).__name__} does not call its {type(base).__name__} on text")
+
+
+def states_of(output: Any) -> Tensor:
+    """The states [b, s, d] in what a base gives: by their name, first, or as `logits` (Perceiver's base decodes)."""
+    if isinstance(output, tuple):
+        return output[0]
+    return output["logits"] if output.get("logits") is not None else output["last_hidden_state"]
+
+
+def _taken(module: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs that a module's forward has a name for; positions only where it says so."""
+    return {
+        name: t for name, t in inputs.items() if takes(module, name) or (name != "position_ids" and _takes_any(module))
+    }
+
+
+def takes(module: nn.Module, name: str) -> bool:
+    """Whether a module's forward has an argument of that name."""
+    return name in _arguments(type(module).forward)
+
+
+def _takes_any(module: nn.Module) -> bool:
+    return any(p.kind is Parameter.VAR_KEYWORD for p in _arguments(type(module).forward).values())
+
+
+def _needs_other(module: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Whether a module's forward needs an argument that is not among the inputs."""
+    named = list(_arguments(type(module).forward).values())[1:]  # not self
+    needed = (p.name for p in named if p.default is Parameter.empty and p.kind is Parameter.POSITIONAL_OR_KEYWORD)
+    return any(name not in inputs for name in needed)
+
+
+@lru_cache
+def _arguments(forward: Callable[..., Any]) -> Mapping[str, Parameter]:
+    return signature(forward).parameters
 
 
 POOLED = (
@@ -170,12 +258,15 @@ def wrap(
     config = config_of(model)
     kind = kind or kind_of(config | {"architectures": [type(model).__name__]})
     _pad_token(model, tokenizer, kind)
-    base = model.base_model
-    out = None if kind == "encoder" else model.get_output_embeddings()
-    if kind != "encoder" and out is None:
-        raise BackboneError(f"{type(model).__name__} has no language-model head; load it with kind='encoder'")
-    sites = Sites({**name_sites(model, base, config, out), **position_sites(model, base)})
-    head = None if out is None else find_head(model, base, out, config)
+    base = base_of(model, kind)
+    if kind == "seq2seq" and not model.config.is_encoder_decoder:
+        raise BackboneError(
+            f"{type(model).__name__} is no encoder-decoder: it goes on with a text. Its kind is 'causal'"
+        )
+    sources = [decoder_of(model)] if kind == "seq2seq" else [base, decoder_of(model)]
+    head = None if kind == "encoder" else find_head(model, sources, config)
+    named = name_sites(model, base, config, None if head is None else head.out)
+    sites = Sites({**named, **position_sites(model, base)})
     return Backbone(name or str(config.get("_name_or_path", "")), kind, model, tokenizer, sites, head)
 
 

@@ -1,21 +1,33 @@
-"""Gives every part of a backbone its common name: by the family's table, by a table that fits, or by structure."""
+"""Gives every part of a backbone its common name: by the family's table, or by structure."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from deltaprompt.backbone.families import CALLED, SHAPED_LIKE, TABLES, Table
+from deltaprompt.backbone.families import SHAPED_LIKE, TABLES, Table
+from deltaprompt.backbone.fused import parts_by_running
+from deltaprompt.backbone.guess import Text, guess
 from deltaprompt.backbone.sites import Part, Site, Sites, linear_sizes
 from deltaprompt.errors import BackboneError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 FUSED = re.compile(r"[+/]")
-WORDS = re.compile(r"word|tokens|tok_emb|wte|embed_in")  # what word embeddings, and no others, are called
-CROSS = re.compile(r"cross|enc_?dec|encoder_att", re.IGNORECASE)
+LAYER = re.compile(r"(.*\.)?layers\.\d+")
+HEAD_SIZES = (
+    "qk_head_dim",
+    "head_dim",
+    "attention_head_size",
+    "key_value_proj_dim",
+    "head_size",
+)  # what modules call it
+HEADS = ("num_key_value_heads", "kv_heads")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,49 +51,84 @@ class Heads:
         return cls(query, int(key_value), int(size))
 
 
-def name_sites(model: nn.Module, base: nn.Module, config: Mapping[str, Any], head: nn.Module | None) -> Sites:
+def name_sites(model: PreTrainedModel, base: nn.Module, config: Mapping[str, Any], head: nn.Module | None) -> Sites:
     """The sites of `model`, whose states come from `base` and whose output embedding is `head`."""
     modules = dict(base.named_modules())
-    named = _by_table(modules, str(config.get("model_type", ""))) or guess(modules)
-    if not any(name.endswith(("attn.q", "attn.q+k+v", "attn.q/k/v", "attn.qkv")) for name in named.values()):
+    named = _by_table(modules, str(config.get("model_type", "")))
+    split: dict[str, dict[str, Part]] = {}
+    if named is None:
+        named = guess(modules, texts_of(model, base, modules))
+        split = parts_by_running(model, base, named)
+    if not any(name.endswith("embed") for name in named.values()):
         raise BackboneError(
-            f"{type(model).__name__} (model_type {config.get('model_type')!r}) has no attention that DeltaPrompt can "
-            "name. Possible are transformer encoders, decoders and encoder-decoders; address other parts by module path"
+            f"{type(model).__name__} (model_type {config.get('model_type')!r}) has no word embedding that DeltaPrompt "
+            "can find. Possible are models that read token ids"
         )
     paths = {id(m): p for p, m in model.named_modules()}
     found: dict[str, Site] = {}
     for relative, module in modules.items():
         if relative in named:
-            for site in _sites_of(named[relative], paths[id(module)], module, config):
+            for site in _sites_of(named[relative], paths[id(module)], module, config, split.get(relative)):
                 found[site.name] = site
-    found = {s.name: _with_heads(s, found, config) for s in found.values()}
+    found = {name: _completed(site, found, model, config) for name, site in _with_blocks(found).items()}
     if head is not None and (sizes := linear_sizes(head)):
-        found["head"] = Site("head", paths[id(head)], "linear", *sizes)
+        found["head"] = Site("head", paths[id(head)], "linear", *sizes, biased=_is_biased(head))
     return Sites(found)
 
 
+def texts_of(model: PreTrainedModel, base: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[Text, ...]:
+    """The parts of a model that read text: encoder and decoder, or the one around the word embedding."""
+    paths = {id(module): path for path, module in modules.items()}
+    if model.config.is_encoder_decoder and base is model.get_encoder():
+        return (_text(base, base, paths, ""),)
+    if model.config.is_encoder_decoder:
+        sides = {"encoder.": model.get_encoder(), "decoder.": model.get_decoder()}
+        if all(id(part) in paths for part in sides.values()):
+            return tuple(_text(part, part, paths, side) for side, part in sides.items())
+    return (_text(model, model.get_decoder(), paths, ""),)
+
+
+def _text(owner: PreTrainedModel, root: nn.Module, paths: Mapping[int, str], side: str) -> Text:
+    """The part around a word embedding: `root` where that holds it, else the smallest around it that has layers."""
+    embedding = embedding_of(owner)
+    holds = any(module is embedding for module in root.modules())
+    return Text(paths.get(id(root), "") if holds else "", paths.get(id(embedding), ""), side)
+
+
+def embedding_of(model: PreTrainedModel) -> nn.Module | None:
+    """The word embedding; where a model does not tell, its largest table."""
+    try:
+        told = model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        told = None
+    if isinstance(told, nn.Module) and "weight" in dict(told.named_parameters(recurse=False)):
+        return told
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    return max(tables, key=lambda table: table.num_embeddings, default=None)
+
+
 def _by_table(modules: Mapping[str, nn.Module], model_type: str) -> dict[str, str] | None:
-    """Relative module path -> common name, by the family's own table or by the one that fits the modules best."""
+    """Relative module path -> common name, by the family's own table; None where it has none that fits."""
     own = TABLES.get(SHAPED_LIKE.get(model_type, model_type))
-    if own is not None and (named := _apply(own, modules, whole=False)):
-        return named
-    fits = (named for table in TABLES.values() if (named := _apply(table, modules, whole=True)))
-    return max(fits, key=len, default=None)
+    return None if own is None else _apply(own, modules)
 
 
-def _apply(table: Table, modules: Mapping[str, nn.Module], whole: bool) -> dict[str, str] | None:
-    """The table's rows on these modules; None where a row finds none and the table must fit as a `whole`."""
+def _apply(table: Table, modules: Mapping[str, nn.Module]) -> dict[str, str] | None:
+    """The table's rows on these modules, and their layers; None where the row of the queries finds none."""
     named: dict[str, str] = {}
-    linears = {path for path, module in modules.items() if linear_sizes(module)}
     for path, site in table.items():
         pattern = re.compile(re.escape(path).replace(r"\*", r"(\d+)"))
         hits = {p: m for p in modules if (m := pattern.fullmatch(p))}
-        if not hits and (whole or site.endswith(("attn.q", "attn.q+k+v"))):
+        if not hits and site.endswith(("attn.q", "attn.q+k+v")):
             return None
         for p, match in hits.items():
-            named[p] = site.replace("*", _layer_number(match.groups(), modules, path)) if "*" in site else site
-    inside = {path for path in linears if re.search(r"\.\d+\.", path)}
-    return None if whole and not inside <= named.keys() else named
+            if "*" in site:
+                layer = site.split("*")[0] + _layer_number(match.groups(), modules, path)
+                named[p[: match.end(match.lastindex or 0)]] = layer
+                named[p] = layer + site.split("*")[1]
+            else:
+                named[p] = site
+    return named
 
 
 def _layer_number(numbers: tuple[str, ...], modules: Mapping[str, nn.Module], path: str) -> str:
@@ -92,22 +139,33 @@ def _layer_number(numbers: tuple[str, ...], modules: Mapping[str, nn.Module], pa
     return str(int(numbers[0]) * len(list(modules[inner].children())) + int(numbers[1]))
 
 
-def _sites_of(name: str, path: str, module: nn.Module, config: Mapping[str, Any]) -> Iterator[Site]:
+def _sites_of(
+    name: str, path: str, module: nn.Module, config: Mapping[str, Any], split: Mapping[str, Part] | None
+) -> Iterator[Site]:
     """The sites at one module: one, or one for each part of a fused map; none where the module has no weights."""
     sizes = linear_sizes(module)
-    if sizes and FUSED.search(name):
+    if sizes and (split or FUSED.search(name)):
         stem, _, last = name.rpartition(".")
         heads = Heads.of(config, decoder=stem.startswith("decoder"))
-        for part_name, part in _parts(last, sizes[1], heads).items():
-            yield Site(f"{stem}.{part_name}", path, "linear", sizes[0], part.groups * part.size, part=part)
+        for part_name, part in (split or _parts(last, sizes[1], heads)).items():
+            size = part.groups * part.size
+            yield Site(f"{stem}.{part_name}", path, "linear", sizes[0], size, part=part, biased=_is_biased(module))
     elif sizes:
-        yield Site(name, path, "linear", *sizes)
-    elif isinstance(module, nn.Embedding):
-        yield Site(name, path, "embed", module.num_embeddings, module.embedding_dim)
+        yield Site(name, path, "linear", *sizes, biased=_is_biased(module))
+    elif name.endswith("embed"):
+        rows, width = module.get_parameter("weight").shape
+        yield Site(name, path, "embed", rows, width)
+    elif LAYER.fullmatch(name):
+        yield Site(name, path, "layer", 0, 0)
     elif name.endswith(("attn", "cross")):
         yield Site(name, path, "attn", 0, 0)
     elif weights := [p for p in module.parameters(recurse=False) if p.ndim == 1]:
-        yield Site(name, path, "norm", weights[0].numel(), weights[0].numel())
+        width = weights[0].numel()
+        yield Site(name, path, "norm", width, width, biased=_is_biased(module))
+
+
+def _is_biased(module: nn.Module) -> bool:
+    return dict(module.named_parameters(recurse=False)).get("bias") is not None
 
 
 def _parts(spec: str, out: int, heads: Heads) -> dict[str, Part]:
@@ -122,100 +180,59 @@ def _parts(spec: str, out: int, heads: Heads) -> dict[str, Part]:
     return {"q": Part(1, 0, query), "k": Part(1, query, rest), "v": Part(1, query + rest, rest)}
 
 
-def _with_heads(site: Site, found: Mapping[str, Site], config: Mapping[str, Any]) -> Site:
-    """An attention site with its key-value heads and width, which its k part tells."""
-    key = found.get(f"{site.name}.k")
-    if site.kind != "attn" or key is None:
+# Sites that others tell about
+
+
+def _with_blocks(found: Mapping[str, Site]) -> dict[str, Site]:
+    """The sites, and a feed-forward block behind the second of its maps."""
+    made: dict[str, Site] = {}
+    for name, site in found.items():
+        made[name] = site
+        stem, _, role = name.rpartition(".")
+        if role not in ("gate", "up", "down") or stem.rpartition(".")[2] != "ffn" or stem in made:
+            continue
+        up, down = found.get(f"{stem}.up"), made.get(f"{stem}.down")
+        entry = found.get(f"{stem}.gate", up)
+        if up and down and entry and up.name in made and _is_whole(stem, down, found):
+            made[stem] = Site(stem, down.path, "ffn", entry.inputs, down.outputs, entry=entry.path)
+    return made
+
+
+def _is_whole(stem: str, down: Site, found: Mapping[str, Site]) -> bool:
+    """Whether gate, up and down are all the linear maps of the module that holds the last of them."""
+    holder = down.path.rpartition(".")[0]
+    beside = (s for s in found.values() if s.name.startswith(f"{stem}.") and s.path.rpartition(".")[0] == holder)
+    return all(s.kind != "linear" or s.name.rpartition(".")[2] in ("gate", "up", "down") for s in beside)
+
+
+def _completed(site: Site, found: Mapping[str, Site], model: nn.Module, config: Mapping[str, Any]) -> Site:
+    """An attention site with its key-value heads, a layer with the width of what passes it."""
+    if site.kind == "layer":
+        back = ("ffn.down", "attn.o", "mixer.out", "shared.down", "experts.0.down", "attn.norm", "mixer.norm")
+        sizes = (found[f"{site.name}.{role}"].outputs for role in back if f"{site.name}.{role}" in found)
+        width = next(sizes, 0) or next(s.outputs for s in found.values() if s.kind == "embed")
+        return replace(site, inputs=width, outputs=width)
+    if site.kind != "attn":
         return site
-    heads = Heads.of(config, decoder=site.name.startswith("decoder"))
-    count = heads.key_value if heads.key_value and key.outputs % heads.key_value == 0 else 0
-    return Site(site.name, site.path, "attn", 0, key.outputs, heads=count)
+    count, size, value = _key_value(site, found, vars(model.get_submodule(site.path)), config)
+    return replace(site, heads=count, outputs=count * size, values=count * value)
 
 
-def guess(modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Common names by structure: stacks of layers, in them linear maps by what they are called and how large."""
-    named: dict[str, str] = {}
-    stacks = _stacks(modules)
-    for stack, side in stacks.items():
-        for number, _ in modules[stack].named_children():
-            layer = f"{stack}.{number}."
-            inside = {p.removeprefix(layer): m for p, m in modules.items() if p.startswith(layer)}
-            named |= {f"{layer}{p}": f"{side}layers.{number}.{s}" for p, s in _guess_layer(inside).items()}
-    outside = {p: m for p, m in modules.items() if not any(p.startswith(f"{stack}.") for stack in stacks)}
-    return named | _guess_ends(outside, stacks)
-
-
-def _stacks(modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Path of each outermost stack of layers with attention in it -> prefix of its common names."""
-    lists = [
-        path
-        for path, module in modules.items()
-        if isinstance(module, nn.ModuleList) and any("att" in n.lower() for n, _ in module.named_modules())
-    ]
-    outermost = [p for p in lists if not any(p.startswith(other + ".") for other in lists)]
-    if len(outermost) == 1:
-        return {outermost[0]: ""}
-    return {p: ("decoder." if "decoder" in p else "encoder.") for p in outermost}
-
-
-def _guess_ends(outside: Mapping[str, nn.Module], stacks: Mapping[str, str]) -> dict[str, str]:
-    """Names of what lies before and behind the layers: the word embedding, its norm, the last norm."""
-    named: dict[str, str] = {}
-    for path, module in outside.items():
-        side = next((side for side in stacks.values() if side and path.startswith(side)), "")
-        leaf = path.split(".")[-1]
-        if isinstance(module, nn.Embedding) and WORDS.search(leaf) and side in stacks.values():
-            named[path] = f"{side}embed"
-        elif _is_norm(module) and len(outside) > 1:
-            named[path] = f"{side}embed.norm" if "emb" in path.lower() else f"{side}norm"
-    return named
-
-
-def _guess_layer(inside: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Names within one layer: attention, cross-attention, feed-forward, norms."""
-    named: dict[str, str] = {}
-    norms: list[str] = []
-    for path, module in inside.items():
-        block, leaf, sizes = _block(path), path.split(".")[-1].lower(), linear_sizes(module)
-        if sizes and (role := _role(leaf, sizes, block)) and f"{block}.{role}" not in named.values():
-            named[path] = f"{block}.{role}"
-        elif _is_norm(module) and leaf in ("q_norm", "k_norm"):
-            named[path] = f"{block}.{leaf}"
-        elif _is_norm(module):
-            norms.append(path)
-    return named | _attention_modules(named) | _norms(norms, "cross.q" in named.values())
-
-
-def _block(path: str) -> str:
-    """Which part of a layer a module belongs to, by its path."""
-    if CROSS.search(path):
-        return "cross"
-    return "attn" if "att" in path.lower() else "ffn"
-
-
-def _norms(paths: Sequence[str], crossed: bool) -> dict[str, str]:
-    """A layer's norms in their order: one a block, or one before and one behind each block."""
-    blocks = ["attn", "cross", "ffn"] if crossed else ["attn", "ffn"]
-    each = ("norm", "post_norm") if len(paths) == 2 * len(blocks) else ("norm",)
-    return dict(zip(paths, (f"{block}.{norm}" for block in blocks for norm in each), strict=False))
-
-
-def _attention_modules(named: Mapping[str, str]) -> dict[str, str]:
-    """The module that holds the q (or fused) map is the one that calls the attention function."""
-    holders = {p.rpartition(".")[0]: s.partition(".")[0] for p, s in named.items() if s.endswith((".q", ".qkv"))}
-    return {path: block for path, block in holders.items() if path}
-
-
-def _is_norm(module: nn.Module) -> bool:
-    weights = list(module.parameters(recurse=False))
-    return bool(weights) and all(w.ndim == 1 for w in weights) and "norm" in type(module).__name__.lower()
-
-
-def _role(leaf: str, sizes: tuple[int, int], block: str) -> str | None:
-    """What a linear map does, by its name and, for the feed-forward maps, by which side is larger."""
-    if block != "ffn":
-        fused = "qkv" if sizes[1] == 3 * sizes[0] else None
-        return next((role for role in ("q", "k", "v", "qkv", "o") if leaf in CALLED[role]), fused)
-    grows = sizes[1] > sizes[0]
-    order = ("gate", "up") if grows else ("down",)
-    return next((role for role in order if leaf in CALLED[role]), "up" if grows else "down")
+def _key_value(
+    site: Site, found: Mapping[str, Site], known: Mapping[str, Any], config: Mapping[str, Any]
+) -> tuple[int, int, int]:
+    """Heads of k and v, and the sizes of one key and one value; zeros where nothing tells them."""
+    own = (known[name] for name in HEAD_SIZES if isinstance(known.get(name), int))
+    told = Heads.of(config, decoder=site.name.startswith("decoder"))
+    key = found.get(f"{site.name}.k") or found.get(f"{site.name}.kv")
+    size = next(own, told.size)
+    value = int(known.get("v_head_dim") or size)
+    if "qk_head_dim" in known and f"{site.name}.kv_b" in found:
+        return int(known.get("num_heads", told.query)), size, value
+    counts = (known[name] for name in HEADS if isinstance(known.get(name), int))
+    if key is None:
+        count = next(counts, told.key_value if "num_key_value_groups" in known else 0)
+    else:
+        whole = key.outputs if key.name.endswith(".k") or key.outputs == size else key.outputs // 2
+        count = whole // size if size and whole % size == 0 else 0
+    return (count, size, value) if count and size else (0, 0, 0)

@@ -38,23 +38,35 @@ class Site:
 
     name: str  # layers.3.attn.q
     path: str  # encoder.layer.3.attention.self.query, in the whole model
-    kind: str  # linear, norm, embed, attn
+    kind: str  # linear, norm, embed, attn (what calls attention), ffn (a feed-forward block), layer (a whole one)
     inputs: int  # size of what enters (for embed: rows; for attn: 0)
-    outputs: int  # size of what leaves (for attn: heads of k and v times their size)
-    heads: int = 0  # attn only: heads of k and v
+    outputs: int  # size of what leaves (for attn: heads of k and v times the size of a key)
+    heads: int = 0  # attn only: heads of k and v; 0 where they are not known
     part: Part | None = None
     entry: str = ""  # ffn only: path of the map where the block's input enters
     biased: bool = False  # linear and norm: whether the module has a bias
+    values: int = 0  # attn only: heads times the size of a value, which latent attention has apart from a key's
 
     def among(self, selectors: Iterable[str]) -> bool:
         """Whether one of the selectors, layer ranges aside, speaks of this site."""
         return any(self.spoken_of(selector) is not None for selector in selectors)
 
     def spoken_of(self, selector: str) -> re.Match[str] | None:
-        """The match of a selector, layer ranges aside, with this site's name or path."""
+        """The match of a selector, or of one of its alternatives, with this site's name or path; ranges aside."""
         if selector.startswith("re:"):
             return _expression(selector).search(self.name)
-        return re.fullmatch(re.escape(selector), self.path) or _compiled(selector)[0].fullmatch(self.name)
+        matches = (self._called(one) for one in alternatives(selector))
+        return next((match for match in matches if match is not None), None)
+
+    def _called(self, plain: str) -> re.Match[str] | None:
+        """By path (a feed-forward block's is that of its last map, which is a site of its own) or by name."""
+        own = re.fullmatch(re.escape(plain), self.path) if self.kind != "ffn" else None
+        return own or _compiled(plain)[0].fullmatch(self.name)
+
+
+def alternatives(selector: str) -> list[str]:
+    """The selectors that `a|b|c` offers, the first that matches anything is meant; a `re:…` stays as it is."""
+    return [selector] if selector.startswith("re:") else selector.split("|")
 
 
 def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
@@ -137,15 +149,15 @@ class Sites(Mapping[str, Site]):
     @property
     def roles(self) -> tuple[str, ...]:
         """The site names with the layer numbers taken out: `attn.q`, `ffn.down`, `embed`, …"""
-        short = (re.sub(r"^(?:.*\.)?layers\.\d+\.", "", name) for name in self.by_name)
-        return tuple(dict.fromkeys(short))
+        short = (re.sub(r"^(?:.*\.)?layers\.\d+(\.|$)", "", name) or "layers[:]" for name in self.by_name)
+        return tuple(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", role) for role in short))
 
     @cached_property
     def layer_counts(self) -> dict[str, int]:
         """The number of layers of each stack, by its prefix (`""`, `"encoder."`, `"decoder."`)."""
         counts: dict[str, int] = {}
         for name in self.by_name:
-            if found := re.match(r"(.*?)layers\.(\d+)\.", name):
+            if found := re.match(r"(.*?)layers\.(\d+)(?:\.|$)", name):
                 counts[found[1]] = max(counts.get(found[1], 0), int(found[2]) + 1)
         return counts
 
@@ -160,11 +172,17 @@ class Sites(Mapping[str, Site]):
         return [site for name, site in self.by_name.items() if name in chosen]
 
     def matching(self, selector: str) -> list[str]:
-        """The names that a selector matches: a common name or its end, `*`, `layers[8:]`, `re:…`, or a module path."""
-        return [name for name, site in self.by_name.items() if self._matches(selector, site)]
+        """The names that a selector matches: a common name or its end, `*`, `layers[8:]`, `re:…`, or a module path.
+
+        Of alternatives `a|b|c` it is the first that matches anything here.
+        """
+        found = (
+            [name for name, site in self.by_name.items() if self._matches(one, site)] for one in alternatives(selector)
+        )
+        return next((names for names in found if names), [])
 
     def _matches(self, selector: str, site: Site) -> bool:
-        """Whether a selector, layer ranges included, speaks of a site."""
+        """Whether one selector, layer ranges included, speaks of a site."""
         match = site.spoken_of(selector)
         if match is None or match.string != site.name or selector.startswith("re:"):
             return match is not None
@@ -176,7 +194,12 @@ class Sites(Mapping[str, Site]):
         return True
 
     def _no_match(self, selector: str) -> str:
+        tried = alternatives(selector)
+        what = (
+            f"selector {selector!r} matches no site"
+            if len(tried) == 1
+            else (f"none of the alternatives {', '.join(map(repr, tried))} of selector {selector!r} matches a site")
+        )
         return (
-            f"selector {selector!r} matches no site of this backbone{nearest(selector, self.roles)} "
-            "`deltaprompt inspect` prints the tree of all sites"
+            f"{what} of this backbone{nearest(tried[0], self.roles)} `deltaprompt inspect` prints the tree of all sites"
         )
