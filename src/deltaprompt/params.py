@@ -48,7 +48,7 @@ class Weights(Mapping[str, Tensor]):
         self.training = training
 
     def _known(self) -> Mapping[str, Tensor]:
-        if callable(self._tensors):
+        if not isinstance(self._tensors, Mapping):
             self._tensors = self._tensors()
         return self._tensors
 

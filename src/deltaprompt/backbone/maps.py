@@ -23,11 +23,13 @@ def map_of(site: Site, module: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 def dense(weight: Tensor) -> Tensor:
     """A weight as an ordinary tensor; a quantised one with its numbers written out."""
+    if is_plain(weight):
+        return weight
     if "quant_state" in vars(weight):  # bitsandbytes, 4 bits
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(weight.data, vars(weight)["quant_state"])
-    return weight if is_plain(weight) else weight.dequantize()
+    return weight.dequantize()
 
 
 def seen(site: Site, module: nn.Module, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
