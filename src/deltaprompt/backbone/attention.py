@@ -7,6 +7,7 @@ its (k, v), and the mask is widened by the columns that they put in front.
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from torch.nn import functional
 from deltaprompt.errors import SiteError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 PREFIX = "deltaprompt_"
 KEY = "_deltaprompt_key_value_hooks"
@@ -58,13 +59,14 @@ def take_away(module: nn.Module, hook: KeyValueHook) -> None:
 
 
 def supported(module: nn.Module) -> bool:
-    """Whether the modelling code of an attention module calls the shared attention function."""
-    return "ALL_ATTENTION_FUNCTIONS" in vars(sys.modules[type(module).__module__])
+    """Whether an attention module's own forward calls the shared attention function."""
+    forward = inspect.unwrap(type(module).forward)
+    return inspect.isfunction(forward) and "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names
 
 
-def base_of(model: PreTrainedModel) -> str:
-    """The name of the attention that the model runs, ours aside; an error where ours cannot stand in front of it."""
-    base = str(model.config._attn_implementation).removeprefix(PREFIX)
+def base_of(model: PreTrainedModel, path: str) -> str:
+    """The name of what the attention at a path runs, ours aside; an error where ours cannot stand in front of it."""
+    base = _name(_configs(model, path)[-1]).removeprefix(PREFIX)
     if base not in ("eager", "sdpa"):
         raise SiteError(
             f"prefixes need the attention implementation 'sdpa' or 'eager'; this backbone runs {base!r}. "
@@ -73,22 +75,42 @@ def base_of(model: PreTrainedModel) -> str:
     return base
 
 
-def install(model: PreTrainedModel) -> None:
-    """Puts our function in front of the model's attention, where it is not there yet."""
-    base = base_of(model)
-    if model.config._attn_implementation == base:
+def install(model: PreTrainedModel, path: str) -> None:
+    """Puts our function in front of what the attention at a path runs, where it is not there yet."""
+    base = base_of(model, path)
+    changed = [config for config in _configs(model, path) if _name(config) == base]
+    for config in changed:
+        config._attn_implementation_internal = PREFIX + base
+    if changed:
         register(base)
-        model.set_attn_implementation(PREFIX + base)
         _share_distances(model)
 
 
 def release(model: PreTrainedModel) -> None:
     """Gives the model back the attention it had, once no module has a hook."""
-    base = str(model.config._attn_implementation)
-    if base.startswith(PREFIX) and not any(hooks_of(module) for module in model.modules()):
-        model.set_attn_implementation(base.removeprefix(PREFIX))
-        for module in model.modules():
-            vars(module).pop(DISTANCES, None)
+    if any(hooks_of(module) for module in model.modules()):
+        return
+    for config in _changed(model):
+        config._attn_implementation_internal = _name(config).removeprefix(PREFIX)
+    for module in model.modules():
+        vars(module).pop(DISTANCES, None)
+
+
+def _configs(model: PreTrainedModel, path: str) -> list[PreTrainedConfig]:
+    """The configs of the module at a path and of those that it lies in, outermost first: masks are made by these."""
+    pieces = path.split(".")
+    around = (model.get_submodule(".".join(pieces[:n])) for n in range(len(pieces) + 1))
+    return [config for module in around if (config := vars(module).get("config")) is not None]
+
+
+def _changed(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """The configs in a model that name our function."""
+    found = (vars(module).get("config") for module in model.modules())
+    return [config for config in found if config is not None and _name(config).startswith(PREFIX)]
+
+
+def _name(config: PreTrainedConfig) -> str:
+    return str(vars(config).get("_attn_implementation_internal"))
 
 
 def _share_distances(model: nn.Module) -> None:
@@ -104,9 +126,8 @@ def _share_distances(model: nn.Module) -> None:
 
 def known(model: PreTrainedModel) -> None:
     """Makes our function known to transformers where a model that came from another process runs it."""
-    base = str(model.config._attn_implementation)
-    if base.startswith(PREFIX):
-        register(base.removeprefix(PREFIX))
+    for config in _changed(model):
+        register(_name(config).removeprefix(PREFIX))
 
 
 def register(base: str) -> None:
@@ -118,9 +139,11 @@ def register(base: str) -> None:
     AttentionMaskInterface.register(PREFIX + base, ALL_MASK_ATTENTION_FUNCTIONS[base])
 
 
-def attend(base: str, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kw: Any) -> Any:
+def attend(
+    base: str, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, **kw: Any
+) -> Any:
     """The attention that `base` names, on the keys and values that the site's hooks return."""
-    columns = k.shape[-2]
+    mask, columns = attention_mask, k.shape[-2]
     for hook in hooks_of(module):
         k, v = hook(k, v)
     added = k.shape[-2] - columns

@@ -157,7 +157,7 @@ class Adapted(nn.Module):
             if isinstance(delta, After):
                 self._handles.append(module.register_forward_hook(patch.leave))
             if isinstance(delta, KeyValue):
-                attention.install(self.model)
+                attention.install(self.model, site.path)
                 attention.hooks_at(module).append(patch.key_value)
         for layer in layers_of(self.model):
             self._handles.append(layer.register_forward_pre_hook(self.recomputing.enter))

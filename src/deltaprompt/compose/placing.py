@@ -38,8 +38,8 @@ def sites_of(delta: Delta, backbone: Backbone) -> list[Site]:
 
 def _check_attention(delta: Delta, sites: list[Site], backbone: Backbone) -> None:
     """An error where an attention's keys and values do not pass transformers' shared function."""
-    attention.base_of(backbone.model)
     for site in sites:
+        attention.base_of(backbone.model, site.path)
         if not attention.supported(backbone.model.get_submodule(site.path)):
             raise SiteError(
                 f"{type(delta).__name__} cannot act at {site.name}: {type(backbone.model).__name__} computes attention "

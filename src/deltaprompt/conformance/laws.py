@@ -135,7 +135,7 @@ def removal(subject: Subject, delta: Delta) -> Iterator[Note]:
     left = list(subject.before.differences(Snapshot.of(subject.backbone.model)))
     if left:
         yield Note(f"removed, it leaves behind {left[0]}" + (f" and {len(left) - 1} more" if left[1:] else ""))
-    if not torch.equal(subject.again(), subject.logits):
+    if not torch.equal(subject.again(), subject.own):
         yield Note("removed, the outputs are not what they were")
 
 

@@ -26,7 +26,8 @@ class Subject:
 
     backbone: Backbone
     inputs: Mapping[str, Tensor]
-    logits: Tensor
+    own: Tensor  # the logits before anything is attached
+    logits: Tensor  # the same while nothing of it trains: some convolutions then sum in another order
     before: Snapshot
     independent: bool  # whether, in the plain model, a row's logits depend on that row alone
 
@@ -48,7 +49,9 @@ class Subject:
         logits = _logits(model, inputs)
         other = {n: torch.cat([t[:1].roll(3, 1), t[1:]]) if n.endswith("ids") else t for n, t in inputs.items()}
         apart = float((_logits(model, other) - logits)[1:].abs().max()) < TOLERANCES[model.dtype]
-        return cls(made, inputs, logits, Snapshot.of(model), apart)
+        before = Snapshot.of(model)
+        frozen = _frozen_logits(model, inputs)
+        return cls(made, inputs, logits, frozen, before, apart)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -77,8 +80,9 @@ class Subject:
         return bool(torch.allclose(a, b, rtol=0, atol=self.tolerance))
 
     def loss(self, logits: Tensor) -> Tensor:
-        """The mean cross-entropy of made-up labels at real positions."""
+        """The mean cross-entropy of made-up labels at real positions; more scores than positions are left out."""
         mask = self.inputs.get("decoder_attention_mask", self.inputs["attention_mask"]).bool()
+        logits = logits[:, : mask.shape[1]]
         labels = torch.arange(mask.numel()).view(mask.shape) * 7 % logits.shape[-1]
         return nn.functional.cross_entropy(logits[mask].double(), labels[mask])
 
@@ -114,12 +118,21 @@ def _logits(model: nn.Module, inputs: Mapping[str, Tensor], gradients: bool = Fa
         return model(**inputs).logits
 
 
+def _frozen_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    training = {p for p in model.parameters() if p.requires_grad}
+    model.requires_grad_(False)
+    logits = _logits(model, inputs)
+    for p in training:
+        p.requires_grad_()
+    return logits
+
+
 def _in_double(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
     """Puts a model in float64 if it runs there, forward and backward; in float32 if it does not."""
     try:
         model.to(torch.float64)
         _warm(model, inputs)
-    except (RuntimeError, TypeError, ValueError):
+    except (RuntimeError, TypeError, ValueError, ArithmeticError):
         model.to(torch.float32)
         _warm(model, inputs)
 
@@ -128,8 +141,11 @@ def _warm(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
     """One pass there and back: what a model keeps of its passes is there before it is looked at."""
     model.train()
     _logits(model, inputs, gradients=True).double().square().mean().backward()
+    finite = all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
     model.zero_grad()
     model.eval()
+    if not finite:  # Longformer in float64: its mask is that precision's least number, its softmax in float32
+        raise ArithmeticError("its gradients are not finite")
 
 
 def _four_rows(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
