@@ -15,6 +15,7 @@ from deltaprompt.deltas.lora import LoRA
 from deltaprompt.errors import ConfigError
 from deltaprompt.model import Model, Task
 from deltaprompt.model.saved import describe, open_
+from deltaprompt.report import anatomy
 from deltaprompt.types import Example
 from deltaprompt.verbalizers.soft import SoftVerbalizer
 from tests import backbones_zoo as zoo
@@ -124,6 +125,14 @@ def test_its_numbers_are_the_deltas_and_one_for_every_input_and_one(name, family
     assert count == parameters_of(made(name), shared(family)) + sum(sizes)
     assert sum(t.numel() for t in gates.values()) == sum(sizes)
     assert count == parameters_of(replace(made(name), gated=True), shared(family))
+
+
+@every
+def test_it_is_counted_where_a_backbone_is_shown(name):
+    found = anatomy(shared("bert"), [made(name), replace(made(name), gated=True)])
+    plain, with_gate = found.placements
+    costs = [sum(g.layers * (s.costs[i] or 0) for g in found.groups for s in g.sites) for i in (0, 1)]
+    assert costs[1] - costs[0] == with_gate.parameters - plain.parameters > 0
 
 
 @every
