@@ -17,7 +17,7 @@ from deltaprompt.params import Param, Weights, normal
 
 @dataclass(frozen=True)
 class Prefix(Delta, KeyValue):
-    """Prefix tuning: 2 · length · (width of the keys) parameters an attention.
+    """Prefix tuning: length · (width of the keys + width of the values) parameters an attention.
 
     The prefix lies in key and value space as the attention sees it: no rotary embedding is applied to it, and the
     tokens of the text keep their positions. To relative position biases (T5) it lies right in front of the text.
@@ -47,8 +47,8 @@ class Prefix(Delta, KeyValue):
     def params(self, site: Site) -> Mapping[str, Param]:
         if not site.heads:
             raise SiteError(f"prefix: the number of heads at {site.name} is not known; prefix tuning cannot act there")
-        shape = (site.heads, self.length, site.outputs // site.heads)
-        return {"k": Param(shape, normal(self.init_std)), "v": Param(shape, normal(self.init_std))}
+        sizes = {"k": site.outputs // site.heads, "v": site.values // site.heads}
+        return {n: Param((site.heads, self.length, size), normal(self.init_std)) for n, size in sizes.items()}
 
     def key_value(self, w: Weights, site: Site, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return in_front(w["k"], k), in_front(w["v"], v)

@@ -21,7 +21,7 @@ from deltaprompt.params import Param, Weights, kaiming, normal, zeros
 class ReparametrisedPrefix(Delta, KeyValue, Shared, Reparametrised):
     """Prefix tuning through a network: only the computed prefix is kept, as a plain prefix.
 
-    It trains length · embed + embed · mid + mid numbers, and at an attention 2 · (mid + 1) · (width of the keys).
+    It trains length · embed + embed · mid + mid numbers, and at an attention (mid + 1) · (widths of keys and values).
 
     Args:
         length: tokens of the prefix.
@@ -60,8 +60,9 @@ class ReparametrisedPrefix(Delta, KeyValue, Shared, Reparametrised):
     def params(self, site: Site) -> Mapping[str, Param]:
         if not site.heads:
             raise SiteError(f"prefix: the number of heads at {site.name} is not known; prefix tuning cannot act there")
-        second, bias = Param((site.outputs, self.mid), kaiming), Param((1, site.outputs), zeros)
-        return {"second_k": second, "second_k_bias": bias, "second_v": second, "second_v_bias": bias}
+        widths = {"second_k": site.outputs, "second_v": site.values}
+        second = {name: Param((width, self.mid), kaiming) for name, width in widths.items()}
+        return second | {f"{name}_bias": Param((1, width), zeros) for name, width in widths.items()}
 
     def computed(self, w: Weights, site: Site) -> Mapping[str, Tensor]:
         inner = torch.tanh(w["prefix"] @ w["first"].mT + w["first_bias"])  # [..., length, mid]
