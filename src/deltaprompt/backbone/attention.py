@@ -150,7 +150,7 @@ def attend(
     if added:
         mask = _widened(_written_out(base, mask, module, q, columns, kw), added)
         if kw.get("position_bias") is not None:
-            kw["position_bias"] = _biased(module, kw["position_bias"], columns, added)
+            kw["position_bias"] = _biased(module, kw["position_bias"], attention_mask, added)
     return _function(base, module)(module, q, k, v, mask, **kw)
 
 
@@ -173,17 +173,30 @@ def _written_out(
     rows = q.shape[-2]
     if mask is not None or base == "eager" or not causal or rows == 1:
         return mask
-    return torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril(columns - rows)[None, None]
+    return torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril()[None, None]
 
 
-def _biased(module: nn.Module, bias: Tensor, columns: int, added: int) -> Tensor:
+def _biased(module: nn.Module, bias: Tensor, mask: Tensor | None, added: int) -> Tensor:
     """The position biases [1, heads, rows, columns] with `added` columns in front, at the distances that these have."""
     holder = vars(module).get(DISTANCES)
     if holder is None:
         return functional.pad(bias, (added, 0))
-    before = added + columns - bias.shape[-2]  # what stands in front of the first row
-    far = holder.compute_bias(bias.shape[-2], added + columns, bias.device, past_seen_tokens=before)
+    rows, columns = bias.shape[-2:]
+    far = holder.compute_bias(
+        rows, added + columns, bias.device, past_seen_tokens=added + _in_front(mask, rows, columns)
+    )
     return torch.cat([far[..., :added].to(bias.dtype), bias], dim=-1)
+
+
+def _in_front(mask: Tensor | None, rows: int, columns: int) -> int | Tensor:
+    """How many columns stand in front of the first row's own; behind it a cache of fixed size has closed ones."""
+    if rows == columns or (mask is None and rows > 1):
+        return 0
+    if mask is None:
+        return columns - rows
+    seen = mask if mask.dtype is torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    own = seen[..., 0, :].flatten(0, -2).any(0)  # [columns]
+    return (own * torch.arange(columns, device=own.device)).amax()
 
 
 def _widened(mask: Tensor | None, added: int) -> Tensor | None:

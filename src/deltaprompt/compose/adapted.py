@@ -207,6 +207,18 @@ class Adapted(nn.Module):
         with self.routing.at(index.repeat_interleave(times) if isinstance(index, Tensor) else index):
             yield
 
+    @contextmanager
+    def generating(self, index: Index = None, each: int = 1) -> Iterator[None]:
+        """Within it the model's own `generate` has the slots of `index`: one for all rows, or one a row [rows].
+
+        Args:
+            index: the slots.
+            each: sequences searched or drawn for each row, the larger of num_beams and num_return_sequences.
+        """
+        self._check_slot(index)
+        with self.routing.at(index, each):
+            yield
+
     def checkpointing(self, on: bool = True) -> None:
         """Whether the backward pass computes layers again, to save memory; also those that are in evaluation mode.
 

@@ -15,12 +15,13 @@ class Routing:
 
     def __init__(self) -> None:
         self.index: Index = None
+        self.each = 1  # rows that one row of `index` may stand for, which follow one another
 
     @contextmanager
-    def at(self, index: Index) -> Iterator[None]:
-        """Within it the rows belong to `index`."""
-        kept, self.index = self.index, index
+    def at(self, index: Index, each: int = 1) -> Iterator[None]:
+        """Within it the rows belong to `index`, in the passes that see every row `each` times too."""
+        kept, self.index, self.each = (self.index, self.each), index, each
         try:
             yield
         finally:
-            self.index = kept
+            self.index, self.each = kept

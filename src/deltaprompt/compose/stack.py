@@ -35,12 +35,17 @@ class Stack(nn.Module):
 
     def routed(self, rows: int) -> int | Tensor:
         """The slot of all rows, or the slot of each of `rows` rows."""
-        index = self.routing.index
-        if isinstance(index, Tensor) and index.shape[0] != rows:
-            raise ConfigError(
-                f"{index.shape[0]} adaptations were named for {rows} rows; name one a row, or one for all"
-            )
-        return 0 if index is None else index
+        index, each = self.routing.index, self.routing.each
+        if not isinstance(index, Tensor):
+            return 0 if index is None else index
+        if index.shape[0] == rows:
+            return index
+        if index.shape[0] * each == rows:
+            return index.repeat_interleave(each)
+        raise ConfigError(
+            f"{index.shape[0]} adaptations were named for {rows} rows; name one a row, or one for all. Where generate "
+            "searches or draws n sequences for each row, say so: with adapted.generating(adaptations, n)"
+        )
 
     def weights(self, rows: int) -> Weights:
         """One slot's tensors, or one slot for each of `rows` rows."""
