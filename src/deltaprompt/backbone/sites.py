@@ -65,8 +65,14 @@ class Site:
 
 
 def alternatives(selector: str) -> list[str]:
-    """The selectors that `a|b|c` offers, the first that matches anything is meant; a `re:…` stays as it is."""
+    """The selectors that `a|b|c` offers, of which a layer's first is meant; a `re:…` stays as it is."""
     return [selector] if selector.startswith("re:") else selector.split("|")
+
+
+def layer_of(name: str) -> str:
+    """The layer of a site's name; nothing where it lies in none."""
+    found = re.match(r"(?:.*\.)?layers\.\d+(?=\.|$)", name)
+    return found[0] if found else ""
 
 
 def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
@@ -166,7 +172,7 @@ class Sites(Mapping[str, Site]):
         chosen: set[str] = set()
         for selector in selectors:
             found = self.matching(selector)
-            if not found:
+            if not found and "" not in alternatives(selector):
                 raise SiteError(self._no_match(selector))
             chosen.update(found)
         return [site for name, site in self.by_name.items() if name in chosen]
@@ -174,12 +180,17 @@ class Sites(Mapping[str, Site]):
     def matching(self, selector: str) -> list[str]:
         """The names that a selector matches: a common name or its end, `*`, `layers[8:]`, `re:…`, or a module path.
 
-        Of alternatives `a|b|c` it is the first that matches anything here.
+        Of alternatives `a|b|c` it is, in each layer, the first that matches anything there; `a|` may match nothing.
         """
-        found = (
-            [name for name, site in self.by_name.items() if self._matches(one, site)] for one in alternatives(selector)
-        )
-        return next((names for names in found if names), [])
+        chosen: dict[str, list[str]] = {}
+        for one in filter(None, alternatives(selector)):
+            found: dict[str, list[str]] = {}
+            for name, site in self.by_name.items():
+                if self._matches(one, site):
+                    found.setdefault(layer_of(name), []).append(name)
+            chosen = found | chosen
+        taken = {name for names in chosen.values() for name in names}
+        return [name for name in self.by_name if name in taken]
 
     def _matches(self, selector: str, site: Site) -> bool:
         """Whether one selector, layer ranges included, speaks of a site."""
