@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from deltaprompt.backbone.sites import Site
-from deltaprompt.deltas._base import After, Delta, Fixed, Mergeable, Taxonomy
+from deltaprompt.deltas._base import QUERIES, VALUES, After, Delta, Fixed, Mergeable, Taxonomy
 from deltaprompt.errors import ConfigError
 from deltaprompt.params import Param, Weights, constant, zeros
 
@@ -34,7 +34,7 @@ class VeRA(Delta, After, Mergeable, Fixed):
     d_initial: float = 0.1
     dropout: float = 0.0
     projection_seed: int = 0
-    at: tuple[str, ...] = ("attn.q", "attn.v")
+    at: tuple[str, ...] = (QUERIES, VALUES)
     taxonomy: ClassVar[Taxonomy] = "reparametrisation"
 
     def __post_init__(self) -> None:
