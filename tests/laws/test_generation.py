@@ -8,9 +8,8 @@ from deltaprompt.errors import ConfigError
 from tests.adapted_zoo import DELTAS, adapted_to, inputs_for
 
 FAMILIES = ["gpt2", "qwen2", "t5"]
-pairs = pytest.mark.parametrize(
-    ("name", "family"), [(d, f) for d in DELTAS for f in FAMILIES] + [("bitfit", "opt")]
-)  # OPT: [b * s, d]
+PAIRS = [*((d, f) for d in DELTAS for f in FAMILIES), ("bitfit", "opt")]  # OPT's feed-forward maps see [b * s, d]
+pairs = pytest.mark.parametrize(("name", "family"), PAIRS)
 INDEX = torch.tensor([1, 0])
 
 

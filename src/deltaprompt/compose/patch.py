@@ -154,8 +154,7 @@ class Patch(Stack):
                 f"{self.site.name} also maps what all rows of a batch share (DeBERTa's relative positions), so they "
                 "cannot have an adaptation each there. Name one for all, or choose other sites: attn.v, attn.o, ffn.*"
             )
-        named = (len(index) * self.routing.each, len(index)) if flat else ()
-        return next((rows for rows in named if t.shape[0] % rows == 0), t.shape[0])
+        return len(index) if flat and t.shape[0] % len(index) == 0 else t.shape[0]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "entered": None}  # an interrupted pass leaves it behind, and it cannot be copied
