@@ -15,9 +15,9 @@ from deltaprompt.compose import Adapted, sites_of
 from deltaprompt.deltas._base import KeyValue, Mergeable
 from deltaprompt.errors import ConfigError, SiteError
 from tests import backbones_zoo as zoo
+from tests.adapted_zoo import DELTAS, inputs_for, loss_of, made, mask_of, same, shake, snapshot
 from tests.backbones_zoo import inputs_of
 
-DELTAS = list(registry.variants("deltas"))
 FAMILIES = list(zoo.FAMILIES)
 OWN_ATTENTION = ("mpnet", "mpnet-encoder", "deberta-v2", "deberta-v3")
 GENERATING = [f for f in FAMILIES if zoo.FAMILIES[f][1].endswith(("CausalLM", "LMHeadModel", "Generation"))]
@@ -37,11 +37,6 @@ CLOSED_FORMS = {  # numbers at one site, from the papers, with the default optio
 }
 
 
-def made(name):
-    """A delta with its default options."""
-    return registry.variant("deltas", name)()
-
-
 @cache
 def shared(family, dtype=torch.float64):
     """A backbone that tests attach to and remove from; that this leaves it as it was is a law of its own."""
@@ -57,25 +52,6 @@ def attached(name, family, slots=1, seeds=None, dtype=torch.float64, random=True
         adapted.eval().remove()
 
 
-@torch.no_grad()
-def shake(adapted, seed=5):
-    """Moves every parameter away from where it starts, each slot differently."""
-    g = torch.Generator().manual_seed(seed)
-    for _, p in adapted.parts():
-        p.add_(torch.randn(p.shape, generator=g).to(p), alpha=0.2)
-    return adapted
-
-
-def inputs_for(name, backbone, side="right"):
-    """Inputs that the delta has something to do with: virtual ids for a delta at the embedding."""
-    inputs = inputs_of(backbone, side)
-    if made(name).acts_on == ("embed",):
-        inputs["input_ids"][:, 3] = backbone.vocabulary + 1
-        inputs["input_ids"][0, 5] = backbone.vocabulary + 4
-        inputs["attention_mask"][:, 3] = 1
-    return inputs
-
-
 def four_rows(inputs):
     """The rows and as many others, which differ from them."""
     more = {n: t.clone() for n, t in inputs.items()}
@@ -83,16 +59,6 @@ def four_rows(inputs):
         if n.endswith("input_ids"):
             more[n][:, 0] += 1
     return {n: torch.cat([t, more[n]]) for n, t in inputs.items()}
-
-
-def loss_of(states, mask):
-    """A smooth function of the states at real positions, a different one for each of their numbers."""
-    weight = torch.linspace(-1, 1, states.shape[-1] * states.shape[-2], dtype=states.dtype).view(states.shape[-2:])
-    return ((states * weight).tanh() * mask[..., None]).sum()
-
-
-def mask_of(inputs):
-    return inputs.get("decoder_attention_mask", inputs["attention_mask"])
 
 
 def mixed_or_refused(family, run):
@@ -129,21 +95,6 @@ def test_it_is_the_identity_at_the_start_or_says_that_it_is_not(name, family):
         assert not torch.allclose(shake(adapted).states(inputs), start)
 
 
-def snapshot(backbone):
-    """Everything that attaching could change."""
-    model = backbone.model
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_with_kwargs")
-    return {
-        "state": {n: t.clone() for n, t in model.state_dict().items()},
-        "grad": {n: (p.requires_grad, p.grad) for n, p in model.named_parameters()},
-        "identity": {n: id(p) for n, p in model.named_parameters(remove_duplicate=False)},
-        "vars": {n: {v for v in vars(m) if not v.startswith("_hf")} for n, m in model.named_modules()},
-        "hooks": {n: [len(vars(m)[h]) for h in hooks] for n, m in model.named_modules()},
-        "config": model.config.to_dict(),
-        "attention": [m.config._attn_implementation for m in model.modules() if "config" in vars(m)],
-    }
-
-
 @every
 def test_nothing_is_left_behind_after_removal(name, family):
     backbone = zoo.build(family, torch.float64)
@@ -156,10 +107,7 @@ def test_nothing_is_left_behind_after_removal(name, family):
     assert not any(p.requires_grad for p in backbone.model.parameters())
     loss_of(adapted.states(inputs), mask_of(inputs)).backward()
     assert adapted.remove() is backbone
-    after = snapshot(backbone)
-    assert all(torch.equal(after["state"][n], t) for n, t in before.pop("state").items())
-    after.pop("state")
-    assert after == before
+    assert same(snapshot(backbone), before)
     assert not frozen.requires_grad
     with torch.no_grad():
         assert torch.equal(backbone.states(plain), output)
