@@ -18,6 +18,9 @@ from deltaprompt.deltas.lora import LoRA
 from deltaprompt.deltas.prefix import Prefix
 from deltaprompt.deltas.soft_prompt import SoftPrompt
 from deltaprompt.errors import ConfigError, SiteError
+from deltaprompt.model import Model, Task
+from deltaprompt.model.saved import open_
+from deltaprompt.types import Example
 from tests import backbones_zoo as zoo
 from tests.adapted_zoo import DELTAS, made, same, shake, snapshot
 
@@ -129,7 +132,6 @@ def test_deltas_of_every_kind_come_and_go(seed):
     """A walk of twelve steps, each of which attaches a delta or detaches one."""
     chance = random.Random(seed)
     family = FAMILIES[seed % len(FAMILIES)]
-    names = [n for n in DELTAS if n not in ("p_tuning",)]
     backbone = zoo.build(family, torch.float64)
     before = snapshot(backbone)
     adapted = Adapted(backbone, [], 2)
@@ -137,11 +139,37 @@ def test_deltas_of_every_kind_come_and_go(seed):
         if adapted.deltas and chance.random() < 0.4:
             adapted.detach(chance.randrange(-len(adapted.deltas), len(adapted.deltas)))
         else:
-            adapted.attach(made(chance.choice(names)))
+            adapted.attach(made(chance.choice(DELTAS)))
             shake(adapted, 0.05)
         assert as_if_alone(adapted, family)
     adapted.remove()
     assert same(snapshot(backbone), before)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
+@pytest.mark.parametrize(
+    "template", ["{text} It was {mask}", '{text} {soft:"In summary"} {mask}'], ids=["hard", "soft"]
+)
+def test_what_is_left_is_saved_and_opened_as_one(tmp_path, family, template):
+    task = Task(template, {"bad": "bad", "good": "good"})
+    model = Model(zoo.build(family), task, [LoRA(2), SoftPrompt(2), Adapter(3)])
+    model.adapted.attach(Prefix(2, gated=True))
+    model.adapted.detach(model.adapted.deltas.index(LoRA(2)))
+    model.adapted.attach(registry.build("deltas", "reparametrised_prefix", {"length": 2, "mid": 4, "embed": 4}))
+    shake(model.adapted)
+    examples = [Example({"text": text}) for text in ("a great movie", "so bad")]
+    answers = model.probabilities(examples)
+    model.save(tmp_path)
+    model.adapted.remove()
+    again = open_(tmp_path, model.backbone)
+    assert torch.equal(again.probabilities(examples), answers)
+    assert [type(delta) for delta in again.chosen] == [SoftPrompt, Adapter, Prefix, Prefix]
+    again.adapted.detach(again.adapted.deltas.index(again.chosen[1]))
+    changed = again.probabilities(examples)
+    assert not torch.equal(changed, answers)
+    again.save(tmp_path)
+    again.adapted.remove()
+    assert torch.equal(open_(tmp_path, again.backbone).probabilities(examples), changed)
 
 
 def test_a_delta_never_starts_as_another_did():
