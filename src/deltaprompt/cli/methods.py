@@ -36,12 +36,12 @@ def _table(found: Sequence[Method], backbone: str | None) -> Table:
 
     table = Table(title=None if backbone is None else f"with default options on {backbone}", show_lines=True)
     for name in ("delta", "taxonomy", "formula and source", "default sites", "merges"):
-        table.add_column(name)
+        table.add_column(name, max_width=28 if name == "default sites" else None)
     if backbone is not None:
         table.add_column("parameters", justify="right")
     for method in found:
         told = Text(method.formula).append(f"\n{method.source}", "dim")
-        row = (Text(method.name, "bold"), method.taxonomy, told, Text("\n".join(method.selectors)))
+        row = (Text(method.name, "bold"), method.taxonomy, told, Text("\n".join(method.selectors).replace("|", " | ")))
         count = [] if method.parameters is None else ["-" if method.problem else f"{method.parameters:,}"]
         table.add_row(*row, "yes" if method.merges else "no", *count)
     return table

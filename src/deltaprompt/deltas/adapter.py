@@ -9,11 +9,11 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from deltaprompt.backbone.sites import Site
-from deltaprompt.deltas._base import SIGMA, Activation, After, Delta, Taxonomy
+from deltaprompt.deltas._base import FED, MIXED, SIGMA, Activation, After, Delta, Taxonomy
 from deltaprompt.errors import ConfigError
 from deltaprompt.params import Param, Weights, kaiming, zeros
 
-PLACES = {"houlsby": ("attn.o", "ffn.down"), "pfeiffer": ("ffn.down",)}
+PLACES = {"houlsby": (MIXED, FED), "pfeiffer": (FED,)}
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Adapter(Delta, After):
         activation: σ.
         placement: "houlsby" after the attention and the feed-forward part (Houlsby et al. 2019), "pfeiffer" after the
             feed-forward part only (Pfeiffer et al. 2021).
-        at: selectors of linear maps; instead of a placement.
+        at: selectors of linear maps and feed-forward blocks; instead of a placement.
     """
 
     bottleneck: int = 24
@@ -33,6 +33,7 @@ class Adapter(Delta, After):
     placement: Literal["houlsby", "pfeiffer"] = "houlsby"
     at: tuple[str, ...] = ()
     taxonomy: ClassVar[Taxonomy] = "addition"
+    acts_on: ClassVar[tuple[str, ...]] = ("linear", "ffn")
 
     def __post_init__(self) -> None:
         if self.bottleneck < 1 or self.activation not in SIGMA or self.placement not in PLACES:

@@ -18,11 +18,12 @@ class AdapterBias(Delta, After):
     """AdapterBias: 2 · d parameters a site.
 
     Args:
-        at: selectors of linear maps.
+        at: selectors of linear maps and feed-forward blocks.
     """
 
-    at: tuple[str, ...] = ("ffn.down",)
+    at: tuple[str, ...] = ("ffn.down|ffn|mixer.out",)
     taxonomy: ClassVar[Taxonomy] = "addition"
+    acts_on: ClassVar[tuple[str, ...]] = ("linear", "ffn")
 
     def selectors(self) -> Sequence[str]:
         return self.at

@@ -22,7 +22,7 @@ class BitFit(Delta, After, Mergeable):
         at: selectors of linear maps and norms.
     """
 
-    at: tuple[str, ...] = ("attn.*", "ffn.*")
+    at: tuple[str, ...] = ("attn.*|", "mixer.*|", "ffn.*|", "shared.*|")
     taxonomy: ClassVar[Taxonomy] = "specification"
     acts_on: ClassVar[tuple[str, ...]] = ("linear", "norm")
 

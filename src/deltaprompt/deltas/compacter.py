@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deltaprompt.backbone.sites import Site
-from deltaprompt.deltas._base import SIGMA, Activation, After, Delta, Shared, Taxonomy
+from deltaprompt.deltas._base import FED, MIXED, SIGMA, Activation, After, Delta, Shared, Taxonomy
 from deltaprompt.errors import ConfigError, SiteError
 from deltaprompt.params import Param, Weights, normal, zeros
 
@@ -26,14 +26,15 @@ class Compacter(Delta, After, Shared):
         phm_dim: n, the number of Kronecker products and the size of their shared factor.
         reduction_factor: what the width d is divided by to give the bottleneck m.
         activation: σ.
-        at: selectors of linear maps; `("ffn.down",)` alone is Compacter++.
+        at: selectors of linear maps and feed-forward blocks; `("ffn.down",)` alone is Compacter++.
     """
 
     phm_dim: int = 4
     reduction_factor: int = 16
     activation: Activation = "gelu"
-    at: tuple[str, ...] = ("attn.o", "ffn.down")
+    at: tuple[str, ...] = (MIXED, FED)
     taxonomy: ClassVar[Taxonomy] = "addition"
+    acts_on: ClassVar[tuple[str, ...]] = ("linear", "ffn")
 
     def __post_init__(self) -> None:
         if self.phm_dim < 1 or self.reduction_factor < 1 or self.activation not in SIGMA:

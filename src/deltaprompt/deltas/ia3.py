@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from deltaprompt.backbone.sites import Site
-from deltaprompt.deltas._base import After, Before, Delta, Mergeable, Taxonomy
+from deltaprompt.deltas._base import KEYS, VALUES, After, Before, Delta, Mergeable, Taxonomy
 from deltaprompt.errors import SiteError
 from deltaprompt.params import Param, Weights, ones
 
@@ -23,8 +23,8 @@ class IA3(Delta, After, Before, Mergeable):
         at_input: selectors of linear maps whose input is rescaled.
     """
 
-    at: tuple[str, ...] = ("attn.k", "attn.v")
-    at_input: tuple[str, ...] = ("ffn.down",)
+    at: tuple[str, ...] = (KEYS, VALUES)
+    at_input: tuple[str, ...] = ("ffn.down|shared.down|",)
     taxonomy: ClassVar[Taxonomy] = "addition"
 
     def selectors(self) -> Sequence[str]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from deltaprompt.backbone.sites import Site
-from deltaprompt.deltas._base import After, Delta, Mergeable, Taxonomy
+from deltaprompt.deltas._base import QUERIES, VALUES, After, Delta, Mergeable, Taxonomy
 from deltaprompt.errors import ConfigError
 from deltaprompt.params import Param, Weights, kaiming, zeros
 
@@ -31,7 +31,7 @@ class LoRA(Delta, After, Mergeable):
     alpha: float = 16.0
     dropout: float = 0.0
     rank_stabilised: bool = False
-    at: tuple[str, ...] = ("attn.q", "attn.v")
+    at: tuple[str, ...] = (QUERIES, VALUES)
     taxonomy: ClassVar[Taxonomy] = "reparametrisation"
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from deltaprompt.backbone.sites import Site
-from deltaprompt.deltas._base import SIGMA, Activation, After, Delta, Taxonomy
+from deltaprompt.deltas._base import FED, MIXED, SIGMA, Activation, After, Delta, Taxonomy
 from deltaprompt.errors import ConfigError
 from deltaprompt.params import Param, Weights, kaiming, zeros
 
@@ -24,14 +24,15 @@ class LowRankAdapter(Delta, After):
         reduction_factor: what the width d is divided by to give the bottleneck m.
         rank: k, the rank of the map down and of the map up.
         activation: σ.
-        at: selectors of linear maps.
+        at: selectors of linear maps and feed-forward blocks.
     """
 
     reduction_factor: int = 32
     rank: int = 1
     activation: Activation = "gelu"
-    at: tuple[str, ...] = ("attn.o", "ffn.down")
+    at: tuple[str, ...] = (MIXED, FED)
     taxonomy: ClassVar[Taxonomy] = "addition"
+    acts_on: ClassVar[tuple[str, ...]] = ("linear", "ffn")
 
     def __post_init__(self) -> None:
         if self.reduction_factor < 1 or self.rank < 1 or self.activation not in SIGMA:

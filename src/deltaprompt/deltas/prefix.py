@@ -47,7 +47,7 @@ class Prefix(Delta, KeyValue):
     def params(self, site: Site) -> Mapping[str, Param]:
         if not site.heads:
             raise SiteError(f"prefix: the number of heads at {site.name} is not known; prefix tuning cannot act there")
-        sizes = {"k": site.outputs // site.heads, "v": site.values // site.heads}
+        sizes = {"k": site.outputs // site.heads, "v": (site.values or site.outputs) // site.heads}
         return {n: Param((site.heads, self.length, size), normal(self.init_std)) for n, size in sizes.items()}
 
     def key_value(self, w: Weights, site: Site, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
