@@ -23,9 +23,9 @@ from deltaprompt.backbone.sites import Site
 from deltaprompt.params import Param, Weights
 
 # Where methods go by default, whatever sort of layers a model has: of alternatives, a layer's first is meant.
-QUERIES = "attn.q|attn.q_b|attn.q_a|attn.kv|mixer.q|mixer.in|cross.q|ffn.up"
-KEYS = "attn.k|attn.kv_b|attn.kv|mixer.k|mixer.in|"
-VALUES = "attn.v|attn.v_*|attn.kv_b|attn.kv|mixer.v|mixer.out|cross.v|ffn.down"
+QUERIES = "attn.q|attn.qkv|attn.qk|attn.q_b|attn.q_a|attn.kv|mixer.q|mixer.in|cross.q|ffn.up"
+KEYS = "attn.k|attn.qkv|attn.qk|attn.kv_b|attn.kv|mixer.k|mixer.in|"
+VALUES = "attn.v|attn.qkv|attn.v_*|attn.kv_b|attn.kv|mixer.v|mixer.out|cross.v|ffn.down"
 MIXED = "attn.o|attn.o_b|mixer.out|"  # what leaves the attention, or what there is in its place
 FED = "ffn.down|ffn|mixer.out"  # what leaves the feed-forward block
 
