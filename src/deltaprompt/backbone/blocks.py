@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from deltaprompt.backbone.families import CALLED
-from deltaprompt.backbone.sites import linear_sizes
+from deltaprompt.backbone.sites import is_norm, linear_sizes
 
 Layer = tuple[str, ...]  # the path of its module; several where its parts lie in lists side by side
 Inside = Mapping[str, nn.Module]  # path within the layer -> module
@@ -248,14 +248,6 @@ def _once(found: Iterator[tuple[str, str | None]]) -> dict[str, str]:
 
 
 # Norms
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module normalises a vector and rescales it: called a norm, with a weight [d] and vectors only."""
-    weights = dict(module.named_parameters(recurse=False))
-    return (
-        "weight" in weights and all(w.ndim == 1 for w in weights.values()) and "norm" in type(module).__name__.lower()
-    )
 
 
 def _norm_names(inside: Inside, places: Mapping[str, Place]) -> dict[str, str]:

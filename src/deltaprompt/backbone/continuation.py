@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.nn.functional import log_softmax
 
 from deltaprompt.backbone.heads import Head
-from deltaprompt.backbone.load import Backbone
+from deltaprompt.backbone.load import Backbone, states_of
 from deltaprompt.errors import BackboneError
 
 SCORES = 1 << 26  # scores [rows, words, tokens, vocabulary] formed at once: 256 MB in float32
@@ -95,14 +95,14 @@ class Prompted:
     def _run(self, inputs: Mapping[str, Tensor], words: int, **cache: Any) -> Tensor:
         """The states of a causal model, or of a decoder on the repeated states of its encoder."""
         if self.encoded is None:
-            return self.backbone.base(**inputs, **cache).last_hidden_state
+            return states_of(self.backbone.outputs(inputs, **cache))
         decoder = {
             "decoder_input_ids": inputs["input_ids"],
             "decoder_attention_mask": inputs["attention_mask"],
             "attention_mask": self.inputs["attention_mask"].repeat_interleave(words, 0),
         }
         encoded = self.encoded.repeat_interleave(words, 0)
-        return self.backbone.decoded(encoded, decoder, **cache).last_hidden_state
+        return states_of(self.backbone.decoded(encoded, decoder, **cache))
 
 
 def prompted(
@@ -118,9 +118,10 @@ def prompted(
         out = backbone.decoded(encoded, inputs, use_cache=True)
         even = bool(inputs["decoder_attention_mask"].all())
     else:
-        encoded, even, out = None, True, backbone.base(**inputs, use_cache=True)
-    cache = out.past_key_values if even and _is_whole(out.past_key_values, out.last_hidden_state.shape[1]) else None
-    return Prompted(backbone, out.last_hidden_state, inputs, cache, encoded, repeated)
+        encoded, even, out = None, True, backbone.outputs(inputs, use_cache=True)
+    states, kept = states_of(out), out.get("past_key_values")
+    cache = kept if even and _is_whole(kept, states.shape[1]) else None
+    return Prompted(backbone, states, inputs, cache, encoded, repeated)
 
 
 def _is_whole(cache: Any, length: int) -> bool:

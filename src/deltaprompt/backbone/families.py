@@ -235,11 +235,11 @@ CALLED: dict[str, tuple[str, ...]] = {
     ),
     "gate": ("gate", "gate_proj", "w1", "wi_0", "w_0", "proj_up_gate"),
     "up": (
-        *("up", "up_proj", "fc1", "fc_in", "wi", "wi_1", "w3", "w_1", "lin1", "c_fc", "dense_h_to_4h", "linear"),
+        *("up", "up_proj", "fc1", "fc_in", "wi", "wi_1", "w3", "w_1", "lin1", "c_fc", "dense_h_to_4h"),
         *("intermediate", "proj_up"),
     ),
     "down": (
-        *("down", "down_proj", "fc2", "fc_out", "wo", "w2", "w_out", "lin2", "c_proj", "dense_4h_to_h", "linear_1"),
+        *("down", "down_proj", "fc2", "fc_out", "wo", "w2", "w_out", "lin2", "c_proj", "dense_4h_to_h"),
         *("output", "proj_down"),
     ),
 }

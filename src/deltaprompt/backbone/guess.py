@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from deltaprompt.backbone.blocks import Layer, calls_attention, is_norm, name_layer
-from deltaprompt.backbone.sites import linear_sizes
+from deltaprompt.backbone.blocks import Layer, calls_attention, name_layer
+from deltaprompt.backbone.sites import is_norm, linear_sizes
 
 Modules = Mapping[str, nn.Module]
 LISTS = re.compile(r"layers?|h|blocks?", re.IGNORECASE)  # lists of layers whose own name says no more than that

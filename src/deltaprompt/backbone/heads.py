@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, NotImplementedError)
 SCALES = (0.01, 1.0, 8.0)  # sizes of the states a head is watched at: a cap of the scores bends only large ones
-EACH = 4  # states of each size
+EACH = 2  # states of each size
+SOME = 1024  # scores of a state that factors are told by
 CLOSE = {torch.float64: 1e-9, torch.float32: 2e-5}  # of the largest score; coarser types 3e-2
 COARSE = 3e-2
 
@@ -83,13 +84,10 @@ class Chain(Head):
             return _first(self.holder(x))[..., : self.size]
         if not self.narrow or self.out._forward_hooks or self.out._forward_pre_hooks:
             return _first(self.holder(x))[..., rows]
-        weight = self.out.weight[rows]
-        bias = None if self.out.bias is None else self.out.bias[rows]
         if not self.out_path:
-            return functional.linear(x, weight, bias)
-        narrowed = {f"{self.out_path}.weight": weight}
-        if bias is not None:
-            narrowed[f"{self.out_path}.bias"] = bias
+            return functional.linear(x, self.out.weight[rows], None if self.out.bias is None else self.out.bias[rows])
+        tall = dict(self.holder.named_parameters(remove_duplicate=False))
+        narrowed = {name: p[rows] for name, p in tall.items() if len(p) == self.out.out_features}
         return _first(functional_call(self.holder, narrowed, (x,), tie_weights=False))
 
 
@@ -292,18 +290,19 @@ def _chain(model: PreTrainedModel, watched: _Watched, whole: Whole, config: Mapp
 def _with_factors(chain: Chain, watched: _Watched, numbers: Sequence[float]) -> Chain | None:
     """The chain with the factors and the cap that give the model's own scores, as its config names them."""
     before = _ratio(watched.calls[0].entered, watched.states, numbers)
-    chain = replace(chain, before=before)
-    small = slice(0, EACH)
-    plain = replace(chain, biased=None).logits(watched.states)
-    added = chain.logits(watched.states) - plain
-    chain = replace(chain, scale=_ratio((watched.scores - added)[:, small], plain[:, small], numbers))
-    found = chain.logits(watched.states)
+    plain = replace(chain, before=before, biased=None).logits(watched.states)
+    if plain.shape != watched.scores.shape:
+        return None
+    added = 0.0 if chain.biased is None else chain.biased.get_buffer(chain.bias).reshape(-1)
+    straight = watched.scores - added
+    scale = _ratio(straight[:, :EACH, :SOME], plain[:, :EACH, :SOME], numbers)  # where a cap does not bend them
+    found = plain * scale + added
     caps = [None, *(number for number in numbers if number > 1)]
-    capped = [replace(chain, softcap=cap) for cap in caps]
-    errors = [float((_cap(found, c.softcap) - watched.scores).abs().max()) for c in capped]
-    best = min(range(len(capped)), key=errors.__getitem__)
-    best = 0 if errors[0] <= 2 * errors[best] else best
-    return capped[best] if _close(_cap(found, caps[best]), watched.scores) else None
+    errors = [float((_cap(found, cap) - watched.scores)[..., :SOME].abs().max()) for cap in caps]
+    best = min(range(len(caps)), key=errors.__getitem__)
+    cap = None if errors[0] <= 2 * errors[best] else caps[best]
+    fitted = replace(chain, before=before, scale=scale, softcap=cap)
+    return fitted if _close(_cap(found, cap), watched.scores) else None
 
 
 def _cap(scores: Tensor, cap: float | None) -> Tensor:

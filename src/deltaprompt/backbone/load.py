@@ -33,7 +33,9 @@ ENDINGS: dict[str, Kind] = {
     "ForMaskedLM": "masked",
     "ForPreTraining": "masked",
     "ForCausalLM": "causal",
+    "WithLMHeadModel": "masked",  # XLM, FlauBERT
     "LMHeadModel": "causal",
+    "WithLMHead": "causal",  # Reformer
     "ForConditionalGeneration": "causal",  # of an encoder-decoder: told by its config
 }
 
@@ -105,10 +107,14 @@ class Backbone:
         """The last hidden states [b, s, d]; of the decoder [b, t, d] for an encoder-decoder."""
         if self.kind == "seq2seq":
             return states_of(self.decoded(self.encoded(inputs), inputs, use_cache=False))
+        return states_of(self.outputs(inputs, use_cache=False))  # nobody reads the keys and values
+
+    def outputs(self, inputs: Mapping[str, Tensor], **cache: Any) -> Any:
+        """What the base gives for the inputs that it has names for."""
         if _needs_other(self.base, inputs):
-            return states_of(captured(self.model, self.base, inputs))
-        options = {"use_cache": False} if takes(self.base, "use_cache") else {}  # nobody reads the keys and values
-        return states_of(self.base(**_taken(self.base, inputs), **options))
+            return captured(self.model, self.base, inputs)
+        options = {name: value for name, value in cache.items() if takes(self.base, name)}
+        return self.base(**_taken(self.base, inputs), **options)
 
     def encoded(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """An encoder-decoder's encoder states [b, s, d]."""
@@ -257,12 +263,10 @@ def wrap(
     """A backbone from a model and a tokenizer that are at hand."""
     config = config_of(model)
     kind = kind or kind_of(config | {"architectures": [type(model).__name__]})
+    if kind == "seq2seq" and not model.config.is_encoder_decoder:
+        kind = "causal"  # transformers lists speech models that go on with a text among its encoder-decoders
     _pad_token(model, tokenizer, kind)
     base = base_of(model, kind)
-    if kind == "seq2seq" and not model.config.is_encoder_decoder:
-        raise BackboneError(
-            f"{type(model).__name__} is no encoder-decoder: it goes on with a text. Its kind is 'causal'"
-        )
     sources = [decoder_of(model)] if kind == "seq2seq" else [base, decoder_of(model)]
     head = None if kind == "encoder" else find_head(model, sources, config)
     named = name_sites(model, base, config, None if head is None else head.out)
@@ -294,12 +298,14 @@ def _model(
 ) -> PreTrainedModel:
     import transformers
 
-    classes = {
+    classes: dict[str, Any] = {
         "masked": transformers.AutoModelForMaskedLM,
         "causal": transformers.AutoModelForCausalLM,
         "seq2seq": transformers.AutoModelForSeq2SeqLM,
         "encoder": transformers.AutoModel,
     }
+    if kind == "causal" and type(config) not in classes[kind]._model_mapping:
+        kind = "seq2seq"  # where transformers lists speech models that go on with a text
     options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
     options |= {"add_pooling_layer": False} if kind == "encoder" and config.model_type in POOLED else {}
     if isinstance(dtype, str) and dtype not in ("auto", "float32", "bfloat16", "float16", "float64"):

@@ -12,6 +12,7 @@ from torch import nn
 from deltaprompt.backbone.families import SHAPED_LIKE, TABLES, Table
 from deltaprompt.backbone.fused import parts_by_running
 from deltaprompt.backbone.guess import Text, guess
+from deltaprompt.backbone.heads import widths
 from deltaprompt.backbone.sites import Part, Site, Sites, linear_sizes
 from deltaprompt.errors import BackboneError
 
@@ -45,8 +46,7 @@ class Heads:
         names = (f"{side}attention_heads", "num_attention_heads", "n_head", "num_heads", "n_heads")
         query = next((int(config[n]) for n in names if isinstance(config.get(n), int)), 0)
         key_value = config.get("num_key_value_heads") or query
-        widths = ("hidden_size", "n_embd", "d_model", "dim")
-        width = next((int(config[n]) for n in widths if isinstance(config.get(n), int)), 0)
+        width = next(iter(widths(config)), 0)
         size = config.get("head_dim") or config.get("d_kv") or (width // query if query else 0)
         return cls(query, int(key_value), int(size))
 
@@ -208,14 +208,26 @@ def _is_whole(stem: str, down: Site, found: Mapping[str, Site]) -> bool:
 def _completed(site: Site, found: Mapping[str, Site], model: nn.Module, config: Mapping[str, Any]) -> Site:
     """An attention site with its key-value heads, a layer with the width of what passes it."""
     if site.kind == "layer":
-        back = ("ffn.down", "attn.o", "mixer.out", "shared.down", "experts.0.down", "attn.norm", "mixer.norm")
-        sizes = (found[f"{site.name}.{role}"].outputs for role in back if f"{site.name}.{role}" in found)
-        width = next(sizes, 0) or next(s.outputs for s in found.values() if s.kind == "embed")
+        width = _width(site, found, config)
         return replace(site, inputs=width, outputs=width)
     if site.kind != "attn":
         return site
     count, size, value = _key_value(site, found, vars(model.get_submodule(site.path)), config)
     return replace(site, heads=count, outputs=count * size, values=count * value)
+
+
+def _width(layer: Site, found: Mapping[str, Site], config: Mapping[str, Any]) -> int:
+    """The size of the residual stream: its norms' where it is several streams, else the config's where a map has it."""
+    inside = [s for name, s in found.items() if name.startswith(f"{layer.name}.")]
+    told = next(iter(widths(config)), 0)
+    normed = {s.outputs for s in inside if re.search(r"\.(attn|mixer|ffn)\.norm$", s.name)}
+    if told and len(normed) == 1 and next(iter(normed)) % told == 0:
+        return normed.pop()
+    if any(told in (s.inputs, s.outputs) for s in inside if s.kind in ("linear", "norm")):
+        return told
+    back = ("ffn.down", "attn.o", "mixer.out", "shared.down", "experts.0.down", "attn.norm", "mixer.norm")
+    sizes = (found[f"{layer.name}.{role}"].outputs for role in back if f"{layer.name}.{role}" in found)
+    return next(sizes, 0) or told or next(s.outputs for s in found.values() if s.kind == "embed")
 
 
 def _key_value(
@@ -229,10 +241,12 @@ def _key_value(
     value = int(known.get("v_head_dim") or size)
     if "qk_head_dim" in known and f"{site.name}.kv_b" in found:
         return int(known.get("num_heads", told.query)), size, value
+    groups, heads = known.get("num_key_value_groups"), known.get("num_heads")
     counts = (known[name] for name in HEADS if isinstance(known.get(name), int))
-    if key is None:
-        count = next(counts, told.key_value if "num_key_value_groups" in known else 0)
+    if key is not None and (key.name.endswith(".k") or key.outputs == size):
+        count = key.outputs // size if size and key.outputs % size == 0 else 0
+    elif isinstance(groups, int) and isinstance(heads, int) and groups:
+        count = heads // groups
     else:
-        whole = key.outputs if key.name.endswith(".k") or key.outputs == size else key.outputs // 2
-        count = whole // size if size and whole % size == 0 else 0
+        count = next(counts, told.key_value if groups else 0)
     return (count, size, value) if count and size else (0, 0, 0)

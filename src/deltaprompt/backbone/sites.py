@@ -7,7 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from deltaprompt.errors import SiteError, nearest
 
@@ -79,10 +81,51 @@ def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
     """(in, out) of a linear map of any make (Linear, Conv1D, quantised ones that keep the two names), else None."""
     known = vars(module)
     if "in_features" in known and "out_features" in known:
-        return int(known["in_features"]), int(known["out_features"])
+        return None if _does_more(module) else (int(known["in_features"]), int(known["out_features"]))
     if "nx" in known and "nf" in known:
         return int(known["nx"]), int(known["nf"])
     return None
+
+
+@torch.no_grad()
+def _does_more(module: nn.Module) -> bool:
+    """Whether a model's own kind of Linear is no linear map: a router that chooses, or several maps side by side."""
+    if not isinstance(module, nn.Linear) or not _is_own_kind(module, nn.Linear):
+        return False
+    x = _probe(module.weight, module.weight.shape[1])
+    try:
+        y, plain = type(module).forward(module, x), functional.linear(x, module.weight, module.bias)
+        return not isinstance(y, Tensor) or y.shape != plain.shape or not torch.allclose(y, plain, rtol=1e-2, atol=1e-3)
+    except (RuntimeError, ValueError, IndexError):
+        return module.weight.device.type != "meta"
+
+
+@torch.no_grad()
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module normalises a vector and rescales it: called a norm, with a weight [d] and vectors only."""
+    weights = dict(module.named_parameters(recurse=False))
+    if "weight" not in weights or any(w.ndim != 1 for w in weights.values()):
+        return False
+    if "norm" not in type(module).__name__.lower():
+        return False
+    if isinstance(module, nn.LayerNorm) and _is_own_kind(module, nn.LayerNorm):
+        x = _probe(weights["weight"], weights["weight"].numel())
+        try:
+            return type(module).forward(module, x).shape == x.shape
+        except RuntimeError:  # SqueezeBERT's norms a vector that does not come last
+            return weights["weight"].device.type == "meta"
+    return True
+
+
+def _is_own_kind(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a model's class made another forward of torch's own."""
+    cls = type(module)
+    return cls.forward is not kind.forward and "transformers.models" in cls.__module__
+
+
+def _probe(like: Tensor, size: int) -> Tensor:
+    """Two vectors [1, 2, size]."""
+    return torch.linspace(-1.0, 1.0, 2 * size, dtype=like.dtype, device=like.device).view(1, 2, -1)
 
 
 def is_turned(module: nn.Module) -> bool:
@@ -172,7 +215,7 @@ class Sites(Mapping[str, Site]):
         chosen: set[str] = set()
         for selector in selectors:
             found = self.matching(selector)
-            if not found and "" not in alternatives(selector):
+            if not found and "" not in alternatives(selector)[1:]:
                 raise SiteError(self._no_match(selector))
             chosen.update(found)
         return [site for name, site in self.by_name.items() if name in chosen]
