@@ -31,7 +31,7 @@ class PTuning(VirtualTokens, Reparametrised):
         length: virtual tokens; the features put as many in front of every text.
         init_std: of the normal numbers E that the network reads.
         encoder: "lstm" reads E in both directions, "mlp" every token by itself.
-        hidden: h, of the LSTM a direction; d where not given.
+        hidden: h, of the LSTM a direction; where not given d / 2 for the LSTM, d for the MLP.
         first: the row of the first one among all virtual tokens of the task; set by the task, not by hand.
         at: selector of the embedding; the encoder's where there are two.
     """
@@ -50,7 +50,7 @@ class PTuning(VirtualTokens, Reparametrised):
 
     def params(self, site: Site) -> Mapping[str, Param]:
         d = site.outputs
-        h = self.hidden or d
+        h = self.hidden or (d if self.encoder == "mlp" else d // 2)
         start = {"e": Param((self.length, d), normal(self.init_std))}
         if self.encoder == "mlp":
             return start | _maps(d, h, h, d)
