@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from deltaprompt.backbone.sites import Site, is_turned
+from deltaprompt.errors import BackboneError
 
 PLAIN = (Tensor, nn.Parameter)  # what is neither quantised nor sharded
+PACKING = "support_avx512bf16_for_cpu"  # bitsandbytes' name
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -18,18 +22,38 @@ def is_plain(tensor: Tensor) -> bool:
 def map_of(site: Site, module: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Weight [out, in] and bias [out] of a site's map (of a norm [d], [d]), a fused map's part by itself."""
     own = dict(module.named_parameters(recurse=False))
-    return seen(site, module, dense(own["weight"]), own.get("bias"))
+    return seen(site, module, dense(own["weight"], module), own.get("bias"))
 
 
-def dense(weight: Tensor) -> Tensor:
-    """A weight as an ordinary tensor; a quantised one with its numbers written out."""
+def dense(weight: Tensor, module: Any) -> Tensor:
+    """A module's weight as an ordinary tensor; a quantised one with its numbers written out."""
     if is_plain(weight):
         return weight
     if "quant_state" in vars(weight):  # bitsandbytes, 4 bits
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(weight.data, vars(weight)["quant_state"])
+    if "SCB" in vars(weight):  # bitsandbytes, 8 bits: of 127 steps a row, by a scale that is the module's once it runs
+        scale = vars(weight)["SCB"]
+        return weight.data * (module.state.SCB if scale is None else scale)[:, None] / 127
     return weight.dequantize()
+
+
+def keep_unpacked(model: nn.Module) -> None:
+    """Keeps bitsandbytes' 4-bit maps in the form that has gradients.
+
+    On some CPUs a map that is not training packs its weight, the first time it runs, into a form for inference only,
+    through which no gradient passes, without an error.
+    """
+    for path, module in model.named_modules():
+        if PACKING not in vars(module):
+            continue
+        vars(module)[PACKING] = False
+        if vars(vars(module.weight)["quant_state"]).get("packing_format_for_cpu"):
+            raise BackboneError(
+                f"{path} has been packed by bitsandbytes for inference on this CPU, so nothing could learn behind it. "
+                "Load the backbone again, and attach deltas before it runs for the first time"
+            )
 
 
 def seen(site: Site, module: nn.Module, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

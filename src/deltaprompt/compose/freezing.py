@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from deltaprompt.backbone.maps import keep_unpacked
+
 KEY = "_deltaprompt_frozen"
 
 
@@ -19,6 +21,7 @@ class Ledger:
 
 def freeze(model: nn.Module) -> None:
     """Freezes a model's parameters until it is thawed as often; the ledger is kept on the model, and copied with it."""
+    keep_unpacked(model)
     ledger = vars(model).setdefault(KEY, Ledger({name: p.requires_grad for name, p in model.named_parameters()}))
     ledger.holders += 1
     model.requires_grad_(False)
