@@ -25,7 +25,7 @@ class PTuning(VirtualTokens, Reparametrised):
     """P-tuning: only the computed prompt is kept, length · d numbers, as a soft prompt.
 
     With h the hidden size, MLP is d → h → h → d by itself, and 2h → 2h → d behind the LSTM. The authors' code has an
-    LSTM of d / 2 a direction; peft's default is d.
+    LSTM of d / 2 a direction; peft's of d.
 
     Args:
         length: virtual tokens; the features put as many in front of every text.
