@@ -96,8 +96,8 @@ def test_it_is_what_it_was_but_for_rounding(kind, quantised):
     weight, _ = map_of(site, backbone.model.get_submodule(site.path))
     true, _ = map_of(site, whole.model.get_submodule(site.path))
     assert type(weight) is torch.Tensor
-    steps = 4 if kind.endswith("4") else 127  # of a row's largest number; the widest of nf4's are about a quarter
-    assert ((weight - true).abs() <= 0.51 * true.abs().amax(1, keepdim=True) / steps).all()
+    steps = 3 if kind.endswith("4") else 127  # of a row's largest number; the widest of nf4's is 0.304
+    assert ((weight - true).abs() <= 0.6 * true.abs().amax(1, keepdim=True) / steps).all()
 
 
 @kinds
