@@ -19,13 +19,14 @@ from torch.utils.hooks import RemovableHandle
 
 from deltaprompt.backbone import Backbone, attention
 from deltaprompt.compose.freezing import freeze, thaw
+from deltaprompt.compose.layout import layouts_of
 from deltaprompt.compose.merging import merged
 from deltaprompt.compose.patch import Patch
 from deltaprompt.compose.placing import sites_of
-from deltaprompt.compose.recomputing import AGAIN, Recomputing, layers_of
+from deltaprompt.compose.recomputing import AGAIN, Recomputing, differentiable, has_own_backward, layers_of
 from deltaprompt.compose.routing import Index, Routing
 from deltaprompt.compose.stack import Common, Stack
-from deltaprompt.deltas._base import After, Before, Delta, Fixed, KeyValue, Reparametrised, Shared
+from deltaprompt.deltas._base import After, Before, Delta, Fixed, KeyValue, Reparametrised, Shared, VirtualTokens
 from deltaprompt.errors import ConfigError
 
 SHARED = "shared"  # where a site's name stands in the stored name of a tensor, for those of all sites of a delta
@@ -145,25 +146,39 @@ class Adapted(nn.Module):
     def _hook(self) -> None:
         """Registers the hooks that the patches need, in the order of the deltas."""
         torch.compiler.reset()  # compiled code does not notice hooks that come later, and would run without them
+        if self.slots > 1:
+            layouts = layouts_of(self.backbone, {patch.site.path for patch in self._placed()})
+            for patch in self._placed():
+                patch.layout = layouts.get(patch.site.path, "rows")
         changed = {patch.site.path for patch in self._placed() if isinstance(patch.delta, Before)}
         for patch in self._placed():
-            site, delta = patch.site, patch.delta
-            module = self.model.get_submodule(site.path)
-            if isinstance(delta, After) and (site.entry or site.path in changed or site.kind == "layer"):
-                entry = self.model.get_submodule(site.entry or site.path)
-                self._handles.append(entry.register_forward_pre_hook(patch.enter, prepend=True, with_kwargs=True))
-            elif isinstance(delta, Before):
-                self._handles.append(module.register_forward_pre_hook(patch.enter, prepend=True, with_kwargs=True))
-            if isinstance(delta, After):
-                self._handles.append(module.register_forward_hook(patch.leave))
-            if isinstance(delta, KeyValue):
-                attention.install(self.model, site.path)
-                attention.hooks_at(module).append(patch.key_value)
+            self._hook_at_site(patch, patch.site.path in changed)
         for layer in layers_of(self.model):
             self._handles.append(layer.register_forward_pre_hook(self.recomputing.enter))
+        if has_own_backward(self.model):
+            embedding = self.model.get_submodule(self.backbone.sites[self.backbone.input_embedding].path)
+            self._handles.append(embedding.register_forward_hook(differentiable))
         for stacks in (self.commons, self.patches):
             stacks.train(self.training)
         self._attached = True
+
+    def _hook_at_site(self, patch: Patch, changed: bool) -> None:
+        """A patch's hooks; `changed` where a delta at its site changes what enters."""
+        site, delta = patch.site, patch.delta
+        module = self.model.get_submodule(site.path)
+        if isinstance(delta, After) and (site.entry or changed or site.kind == "layer"):
+            entry = self.model.get_submodule(site.entry or site.path)
+            self._handles.append(entry.register_forward_pre_hook(patch.enter, prepend=True, with_kwargs=True))
+        elif isinstance(delta, Before):
+            self._handles.append(module.register_forward_pre_hook(patch.enter, prepend=True, with_kwargs=True))
+        if isinstance(delta, After):
+            self._handles.append(module.register_forward_hook(patch.leave))
+        if isinstance(delta, VirtualTokens):
+            for other in _other_tables(self.model, module, site.inputs):
+                self._handles.append(other.register_forward_pre_hook(patch.known, prepend=True))
+        if isinstance(delta, KeyValue):
+            attention.install(self.model, site.path)
+            attention.hooks_at(module).append(patch.key_value)
 
     def _unhook(self) -> None:
         torch.compiler.reset()
@@ -324,6 +339,12 @@ def carries_deltas(model: nn.Module) -> bool:
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values(), *attention.hooks_of(module))
     )
     return any(isinstance(hook, MethodType) and isinstance(hook.__self__, Patch) for hook in hooks)
+
+
+def _other_tables(model: nn.Module, embedding: nn.Module, rows: int) -> Iterator[nn.Module]:
+    """Further embeddings of the same ids: of a decoder that reads the encoder's text, of each layer (Gemma 4)."""
+    tables = (module for module in model.modules() if isinstance(module, nn.Embedding))
+    return (table for table in tables if table is not embedding and table.num_embeddings == rows)
 
 
 def _mixed(seed: int, place: int) -> int:

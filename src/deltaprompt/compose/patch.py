@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from deltaprompt.backbone.maps import map_of
 from deltaprompt.backbone.sites import Site
+from deltaprompt.compose.layout import Layout
 from deltaprompt.compose.placing import GATE, GATE_BIAS, gate_params
 from deltaprompt.compose.routing import Routing
 from deltaprompt.compose.stack import Common, Stack
@@ -35,6 +36,7 @@ class Patch(Stack):
         self.site = site
         self._common = (common,)  # in a tuple: it is a module of the `Adapted`, once, and not of every patch
         self.entered: Tensor | None = None  # what entered the site, between the two hooks of one call
+        self.layout: Layout = "rows"
 
     # Its tensors
 
@@ -95,6 +97,10 @@ class Patch(Stack):
         new = self._mapped(self._before, module, x)
         return ((new, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): new})
 
+    def known(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        """The hook in front of another table of the same ids: virtual ones are told as the site's own table is."""
+        return (self._mapped(self._before, module, args[0]), *args[1:]) if args else None
+
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """The hook behind the site: y' = after(x, y), on the site's part of a fused map's output."""
         x, self.entered = args[0] if self.entered is None else self.entered, None
@@ -129,10 +135,12 @@ class Patch(Stack):
     def _mapped(self, maths: Callable[..., Tensor], module: nn.Module, *seen: Tensor) -> Tensor:
         """The maths on [b, s, size], in the delta's precision (in autocast's within it), returned as the last seen."""
         last = seen[-1]
-        weights = self.weights(self._rows(last), module)
+        turned = self.layout == "turned" and isinstance(self.routing.index, Tensor)
+        seen = tuple(t.transpose(0, 1) for t in seen) if turned else seen
+        weights = self.weights(self._rows(seen[-1]), module)
         own = None if torch.is_autocast_enabled(last.device.type) else self._precision()
-        new = maths(weights, self.site, *(self._ready(t, own) for t in seen))
-        return new.reshape(last.shape).to(last.dtype)
+        new = maths(weights, self.site, *(self._ready(t, own) for t in seen)).reshape(seen[-1].shape).to(last.dtype)
+        return new.transpose(0, 1) if turned else new
 
     def _precision(self) -> torch.dtype | None:
         return next((t.dtype for t in (*self.tensors.values(), *self._common[0].tensors.values())), None)
@@ -149,6 +157,11 @@ class Patch(Stack):
         flat = t.ndim == 2 and t.is_floating_point()
         if not isinstance(index, Tensor):
             return t.shape[0] if t.ndim > 2 else 1
+        if self.layout == "mingled":
+            raise SiteError(
+                f"{self.site.name} sees tokens of all rows in an order of their own, as an expert does, so rows cannot "
+                "have an adaptation each there. Name one for all, or choose other sites, such as the block around it"
+            )
         if t.shape[0] == 1 < len(index):
             raise SiteError(
                 f"{self.site.name} also maps what all rows of a batch share (DeBERTa's relative positions), so they "

@@ -6,6 +6,7 @@ ours around that function, whoever turned the switch on and whenever.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -73,6 +74,17 @@ class Around:
     def _reentrant(self) -> bool:
         """Whether PyTorch's older form may be asked for, which gives no gradient where no input has one."""
         return not isinstance(self.function, partial) or self.function.keywords.get("use_reentrant") is not False
+
+
+def has_own_backward(model: nn.Module) -> bool:
+    """Whether a model's code has a backward pass of its own (Reformer), which needs an input with a gradient."""
+    code = vars(sys.modules[type(model).__module__]).values()
+    return any(isinstance(found, type) and issubclass(found, torch.autograd.Function) for found in code)
+
+
+def differentiable(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    """The hook behind an embedding: what leaves it has a gradient, though it is frozen."""
+    return output.requires_grad_() if torch.is_grad_enabled() and not output.requires_grad else output
 
 
 def layers_of(model: nn.Module) -> Iterator[nn.Module]:
