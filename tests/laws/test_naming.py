@@ -233,6 +233,30 @@ def all_layers(backbone) -> set[str]:
 
 
 @pytest.mark.parametrize("name", SPREAD)
+def test_q_k_v_are_what_attention_gets_as_such(name):
+    backbone, _ = named(name)
+    assert wrong_queries(backbone, ran(name)) == []
+
+
+def wrong_queries(backbone, run: Run) -> list[str]:
+    """At position 0, where rotations do nothing: each map gives what is most like its own role, norms aside."""
+    wrong = []
+    for site in [s for s in backbone.sites.values() if s.kind == "attn" and s.path in run.attention]:
+        got = dict(zip("qkv", (t[:, :, 0].flatten(1) for t in run.attention[site.path]), strict=True))
+        for role in "qkv":
+            own = backbone.sites.by_name.get(f"{site.name}.{role}")
+            if own is None or own.path not in run.left or run.left[own.path].ndim != 3:
+                continue
+            y = run.left[own.path][:, 0] if own.part is None else own.part.take(run.left[own.path][:, 0])
+            alike = {
+                r: abs(float(torch.cosine_similarity(y, t, dim=1)[0])) for r, t in got.items() if t.shape == y.shape
+            }
+            if role in alike and max(alike, key=alike.get) != role:
+                wrong.append(f"{own.name}: {alike}")
+    return wrong
+
+
+@pytest.mark.parametrize("name", SPREAD)
 def test_layers_give_their_states_first(name):
     backbone, _ = named(name)
     assert wrong_layers(backbone, ran(name)) == []

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 SMALL = 1e-4  # of the largest gradient: what a kernel's rounding leaves where the gradient is zero
 
 
+FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, NotImplementedError)
+
+
 class _Reached(Exception):
     """The pass has come to the end of the attention that is looked at."""
 
@@ -47,13 +50,12 @@ def _parts_of(model: PreTrainedModel, base: nn.Module, fused: nn.Module, out: nn
     try:
         with at_rest(model):
             alone, first = (_gradient(base, fused, out, tokens) for tokens in (1, 2))
-    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, IndexError):
+        own = alone > SMALL * alone.max()  # v, and gates
+        read = first > 0  # k and v
+        gates = bool((own & ~read).any())
+    except FAILURES:
         return None
-    own = alone > SMALL * alone.max()  # v, and gates
-    read = first > 0  # k and v
-    if bool((own & ~read).any()):
-        return None
-    return _as_parts({"q": ~read, "k": read & ~own, "v": own})
+    return None if gates else _as_parts({"q": ~read, "k": read & ~own, "v": own})
 
 
 def _gradient(base: nn.Module, fused: nn.Module, out: nn.Module, tokens: int) -> Tensor:

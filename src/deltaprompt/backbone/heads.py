@@ -20,13 +20,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from deltaprompt.backbone.fused import at_rest
+from deltaprompt.backbone.fused import FAILURES, at_rest
 from deltaprompt.errors import BackboneError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, NotImplementedError)
 SCALES = (0.01, 1.0, 8.0)  # sizes of the states a head is watched at: a cap of the scores bends only large ones
 EACH = 2  # states of each size
 SOME = 1024  # scores of a state that factors are told by
