@@ -29,13 +29,13 @@ class SAID(Delta, After, Mergeable, Shared, Fixed, Computed):
         dimension: d.
         structure_aware: whether each map has its λ, which starts at 1; without it this is DID.
         projection_seed: of P, which is drawn again when an adaptation is opened, and never saved.
-        at: selectors of linear maps.
+        at: selectors of linear maps; by default all of the layers but routers, whose choices have no gradient.
     """
 
     dimension: int = 1000
     structure_aware: bool = True
     projection_seed: int = 0
-    at: tuple[str, ...] = ("layers.*",)
+    at: tuple[str, ...] = (r"re:layers\.\d+\.(?!router)",)
     taxonomy: ClassVar[Taxonomy] = "reparametrisation"
 
     def __post_init__(self) -> None:

@@ -73,7 +73,7 @@ class Unfreeze(Delta, After, Mergeable, Started):
     def after(self, w: Weights, site: Site, x: Tensor, y: Tensor) -> Tensor:
         change, new = self._changes(w, site), y
         if "weight" in change and site.kind == "norm":
-            bias = w.frozen()[1]
+            bias = w.frozen()[1] if site.biased else None
             new = new + (y if bias is None else y - bias) * change["weight"]
         elif "weight" in change:
             new = new + x @ change["weight"].mT  # [b, s, in] -> [b, s, out]
