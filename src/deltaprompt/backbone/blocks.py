@@ -60,6 +60,8 @@ def name_layer(inside: Inside) -> dict[str, str]:
         if block in ATTENDS and (path := _caller(holder, inside, wanted)):
             wanted[path] = block
     wanted |= _norm_names(inside, places)
+    if not {"ffn.up", "ffn.down"} & set(wanted.values()) and (path := _routed_block(inside, places)):
+        wanted[path] = "ffn"
     return _unique(wanted, [path for path in inside if path in maps or is_norm(inside[path])])
 
 
@@ -133,6 +135,22 @@ def _actual(block: str, holder: str, own: Sequence[str], inside: Inside) -> str:
 
 def _is_routed(block: Sequence[nn.Module]) -> bool:
     return any("expert" in name.lower() for module in block for name, _ in module.named_children())
+
+
+def _routed_block(inside: Inside, places: Mapping[str, Place]) -> str:
+    """The outermost module that sends tokens to experts: modules that are called so, or weights side by side."""
+    for path, module in inside.items():
+        feeds = places[path].block.startswith((*FEEDS, "router"))
+        children = dict(module.named_children())
+        if feeds and (_is_routed([module]) or any(_side_by_side(child) for child in children.values())):
+            return path
+    return ""
+
+
+def _side_by_side(module: nn.Module) -> bool:
+    """Whether a module's own weights are several maps [experts, out, in]."""
+    own = module.parameters(recurse=False)
+    return any(weight.ndim == 3 for weight in own) and not isinstance(module, nn.Conv1d)
 
 
 def calls_attention(module: nn.Module) -> bool:

@@ -157,6 +157,8 @@ def _sites_of(
         yield Site(name, path, "embed", rows, width)
     elif LAYER.fullmatch(name):
         yield Site(name, path, "layer", 0, 0)
+    elif name.endswith(".ffn"):
+        yield Site(name, path, "ffn", 0, 0, entry=path)  # of experts
     elif name.endswith(("attn", "cross")):
         yield Site(name, path, "attn", 0, 0)
     elif weights := [p for p in module.parameters(recurse=False) if p.ndim == 1]:
@@ -206,7 +208,10 @@ def _is_whole(stem: str, down: Site, found: Mapping[str, Site]) -> bool:
 
 
 def _completed(site: Site, found: Mapping[str, Site], model: nn.Module, config: Mapping[str, Any]) -> Site:
-    """An attention site with its key-value heads, a layer with the width of what passes it."""
+    """An attention site with its key-value heads, a layer or a block of experts with the width of what passes it."""
+    if site.kind == "ffn" and not site.outputs:
+        width = next(iter(widths(config)), 0) or _width(site, found, config)
+        return replace(site, inputs=width, outputs=width)
     if site.kind == "layer":
         width = _width(site, found, config)
         return replace(site, inputs=width, outputs=width)
