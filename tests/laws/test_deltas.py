@@ -175,8 +175,8 @@ def test_training_slots_at_once_is_training_each_alone(name, family):
 
 
 def rounded(family):
-    """transformers' eager attention takes its softmax in float32 whatever the model's precision is."""
-    return shared(family).model.config._attn_implementation == "eager"
+    """What a family computes in float32 whatever the model's precision is: eager attention its softmax, Gemma its norms."""
+    return shared(family).model.config._attn_implementation == "eager" or family.startswith("gemma")
 
 
 @every
@@ -195,7 +195,8 @@ def test_merged_is_attached_or_refused_with_a_reason(name, family):
         assert_close(adapted.remove().states(inputs), shared(family).states(inputs), rtol=0, atol=0)
         return
     assert isinstance(made(name), Mergeable)
-    assert_close(merged.states(inputs), attached, rtol=0, atol=1e-9)
+    # a weight that is used in float32 is rounded there with the delta in it
+    assert_close(merged.states(inputs), attached, rtol=0, atol=1e-5 if rounded(family) else 1e-9)
     assert all(p.requires_grad for p in merged.model.parameters())
 
 
