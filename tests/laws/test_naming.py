@@ -273,6 +273,22 @@ def wrong_layers(backbone, run: Run) -> list[str]:
 
 
 @pytest.mark.parametrize("name", SPREAD)
+def test_every_stack_reads_text(name):
+    backbone, _ = named(name)
+    assert wrong_stacks(backbone, ran(name)) == []
+
+
+def wrong_stacks(backbone, run: Run) -> list[str]:
+    """Of every stack some layer ran: towers for pictures and sound are no part of the names."""
+    stacks = set(backbone.sites.layer_counts)
+    reading = {
+        s.name.rpartition("layers.")[0] for s in backbone.sites.values() if s.kind == "layer" and s.path in run.left
+    }
+    plain = {s for s in stacks if not any(x.kind == "layer" and x.name.startswith(s) for x in backbone.sites.values())}
+    return sorted(stacks - reading - plain)  # those without layers of their own: XLM's lists, attention by itself
+
+
+@pytest.mark.parametrize("name", SPREAD)
 def test_norms_stand_where_they_are_called(name):
     backbone, _ = named(name)
     assert wrong_norms(backbone, ran(name)) == []

@@ -34,7 +34,8 @@ def kind_of(name):
 
 
 PATHS = {"layers.0.ffn": "model.layers.0.ffn.down"}  # a block's is its last map's
-SITES = Sites({n: Site(n, PATHS.get(n, f"model.{n}"), kind_of(n), 4, 4) for n in NAMES})
+ENTRIES = {"layers.0.ffn": "model.layers.0.ffn.up"}
+SITES = Sites({n: Site(n, PATHS.get(n, f"model.{n}"), kind_of(n), 4, 4, entry=ENTRIES.get(n, "")) for n in NAMES})
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,11 @@ def _actual(block: str, holder: str, own: Sequence[str], inside: Inside) -> str:
     if leaves <= {*CALLED["gate"], *CALLED["up"], *CALLED["down"]} and (leaves or _is_routed(under)):
         return "ffn"
     if block == "attn" and own:
-        queries = any(_attention_role(path) in QUERIES and _leaf(path) != "receptance" for path in own)
+        roles = {_attention_role(path) for path in own if _leaf(path) != "receptance"}
+        fused = any(
+            leaving == 3 * entering for entering, leaving in filter(None, map(linear_sizes, (inside[p] for p in own)))
+        )
+        queries = roles & set(QUERIES) or ("k" not in roles and fused)
         return "attn" if queries and not LINEAR_ATTENTION.search(type(inside[holder]).__name__) else "mixer"
     return block
 

@@ -61,8 +61,8 @@ class Site:
         return next((match for match in matches if match is not None), None)
 
     def _called(self, plain: str) -> re.Match[str] | None:
-        """By path (a feed-forward block's is that of its last map, which is a site of its own) or by name."""
-        own = re.fullmatch(re.escape(plain), self.path) if self.kind != "ffn" else None
+        """By path (not where it is that of a block's last map, which is a site of its own) or by name."""
+        own = re.fullmatch(re.escape(plain), self.path) if self.entry in ("", self.path) else None
         return own or _compiled(plain)[0].fullmatch(self.name)
 
 
