@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from pkgutil import iter_modules
-from typing import Any
+from typing import Any, get_type_hints
 
 from deltaprompt.errors import ConfigError, nearest
 
@@ -49,10 +50,7 @@ def build(kind: str, name: str, options: Mapping[str, Any]) -> Any:
     from pydantic import TypeAdapter, ValidationError
 
     cls = variant(kind, name)
-    known = [f.name for f in dataclasses.fields(cls)]
-    for option in options:
-        if option not in known:
-            raise ConfigError(f"{kind.removesuffix('s')} {name!r} has no option {option!r}{nearest(option, known)}")
+    _check_options(kind, name, cls, options)
     try:
         return TypeAdapter(cls).validate_python(dict(options))
     except ValidationError as e:
@@ -61,6 +59,27 @@ def build(kind: str, name: str, options: Mapping[str, Any]) -> Any:
         raise ConfigError(
             f"{kind.removesuffix('s')} {name!r}, option {where}: got {first['input']!r}: {first['msg']}"
         ) from e
+
+
+def _check_options(kind: str, name: str, cls: type[Any], options: Mapping[str, Any]) -> None:
+    """An error for what a variant does not have, and for what is a number to Python only: True, NaN and infinity."""
+    known, hints = [f.name for f in dataclasses.fields(cls)], get_type_hints(cls)
+    what = f"{kind.removesuffix('s')} {name!r}"
+    for option, value in options.items():
+        if option not in known:
+            raise ConfigError(f"{what} has no option {option!r}{nearest(option, known)}")
+        if isinstance(value, bool) and hints[option] in (int, float, int | None):
+            raise ConfigError(f"{what}, option {option}: got {value}; a number is possible")
+        if hints[option] is float and isinstance(value, str | float) and not _is_finite(value):
+            raise ConfigError(f"{what}, option {option}: got {value}; a finite number is possible")
+
+
+def _is_finite(value: str | float) -> bool:
+    """False for NaN, infinity and what is written so; what is no number is told elsewhere."""
+    try:
+        return math.isfinite(float(value))
+    except ValueError:
+        return True
 
 
 def describe(kind: str, value: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import types
 
@@ -55,6 +56,11 @@ def test_options_are_used():
         ("prefix", {"length": 0}, "prefix: got length=0"),
         ("soft_prompt", {"length": -1}, "soft_prompt: got length=-1"),
         ("ia3", {"at": "attn.k"}, "delta 'ia3', option at: got 'attn.k'"),
+        ("lora", {"rank": True}, "delta 'lora', option rank: got True; a number is possible"),
+        ("p_tuning", {"hidden": True}, "delta 'p_tuning', option hidden: got True; a number is possible"),
+        ("dora", {"alpha": math.nan}, "delta 'dora', option alpha: got nan; a finite number is possible"),
+        ("vera", {"d_initial": "nan"}, "delta 'vera', option d_initial: got nan; a finite number is possible"),
+        ("parallel_adapter", {"scale": "inf"}, "option scale: got inf; a finite number is possible"),
     ],
 )
 def test_a_wrong_option_is_an_error(name, options, message):
