@@ -127,7 +127,8 @@ class Adapted(nn.Module):
         patches: list[Patch] = []
         for site in sites:
             module = self.model.get_submodule(site.path)
-            like = next(module.parameters(), anywhere)
+            own = list(module.parameters())
+            like = next((p for p in own if p.dtype == anywhere.dtype), next(iter(own), anywhere))
             patch = Patch(len(self.deltas), delta, site, self.slots, self.routing, like, common)
             patch.start([_mixed(seed, self._begun + len(patches)) for seed in self.seeds])
             patch.begin(module)
