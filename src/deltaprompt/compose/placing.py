@@ -17,6 +17,10 @@ def sites_of(delta: Delta, backbone: Backbone) -> list[Site]:
     name = type(delta).__name__
     chosen = backbone.sites.select(delta.selectors())
     fitting = [site for site in chosen if site.kind in delta.acts_on]
+    if delta.selectors() and not chosen:
+        raise SiteError(
+            f"{name} finds no site on this backbone: nothing that {list(delta.selectors())} speak of is there"
+        )
     if not fitting:
         kinds = ", ".join(sorted({site.kind for site in chosen})) or "none"
         possible = ", ".join(delta.acts_on)

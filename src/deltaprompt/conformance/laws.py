@@ -22,6 +22,7 @@ STEPS = 2  # a factor whose partner starts at zero has no gradient in the first
 FALL = 0.02  # the share of the loss that a step should take away
 TRIES = 8  # of halving a step that goes too far
 NEARLY_ZERO = 1e-12  # of the largest gradient: below it a gradient is rounding
+ROUNDING = 1e-2  # of the tolerance: what a tensor in another order of memory changes (a copy sums as it lies)
 EPSILON = 1e-3  # of finite differences
 
 
@@ -42,9 +43,10 @@ def identity(subject: Subject, delta: Delta) -> Iterator[Note]:
     inputs = subject.inputs_of(delta)
     with subject.attached(delta, shaken=False) as adapted:
         start = run(adapted, subject.inputs)
-        if delta.identity_at_start and not torch.equal(start, subject.logits):
-            yield Note(f"the start is no identity: the outputs differ by {_apart(start, subject.logits):.2g}")
-        if not delta.identity_at_start and torch.equal(start, subject.logits):
+        apart, rounding = _apart(start, subject.logits), ROUNDING * subject.tolerance
+        if delta.identity_at_start and not apart <= rounding:
+            yield Note(f"the start is no identity: the outputs differ by {apart:.2g}")
+        if not delta.identity_at_start and apart <= rounding:
             yield Note("the start is the identity, and the delta says that it is none: it does not act")
         begun = run(adapted, inputs)
         moved = run(shake(adapted), inputs)
@@ -73,10 +75,10 @@ def learning(subject: Subject, delta: Delta) -> Iterator[Note]:
             if not _step(subject, adapted, inputs, float(loss)):
                 yield Note(f"the loss does not fall from {float(loss):.6g}, whatever the size of the step")
                 return
-        still = [n for n, p in named.items() if largest[n] > 0 and torch.equal(p, begin[n])]
+        floor = NEARLY_ZERO * max(largest.values(), default=0.0)
+        still = [n for n, p in named.items() if largest[n] > floor and torch.equal(p, begin[n])]
         if still:
             yield Note(f"parameters with a gradient do not move: {_some(still)}")
-        floor = NEARLY_ZERO * max(largest.values(), default=0.0)
         without = [name for name in named if largest[name] <= floor]
         yield from _without_gradient(subject, adapted, inputs, without, called)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from deltaprompt.backbone import Backbone
+from deltaprompt.backbone import Backbone, Kind
 from deltaprompt.backbone.load import wrap
 from deltaprompt.conformance.configs import asked_for, parts, shrunk, special_ids, starting
 from deltaprompt.conformance.sizes import Plan
@@ -208,11 +208,11 @@ def _ids_of(model: PreTrainedModel) -> dict[str, int]:
     return {name: ids[name] if name in ids else next(free) for name in SPECIALS}
 
 
-def backbone(architecture: Architecture, dtype: torch.dtype = torch.float32) -> Backbone:
-    """A fresh tiny backbone with a tokenizer of whole words."""
+def backbone(architecture: Architecture, dtype: torch.dtype = torch.float32, kind: Kind | None = None) -> Backbone:
+    """A fresh tiny backbone with a tokenizer of whole words; of the architecture's kind where none is given."""
     model = tiny(architecture).to(dtype)
     with _quiet():
-        return wrap(model, tokenizer_for(model), kind=architecture.kind, name=str(architecture))
+        return wrap(model, tokenizer_for(model), kind=kind or architecture.kind, name=str(architecture))
 
 
 def tokenizer_for(model: PreTrainedModel) -> PreTrainedTokenizerFast:

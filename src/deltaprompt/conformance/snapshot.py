@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,8 @@ class Snapshot:
     told: Mapping[str, Mapping[str, Any]]
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Snapshot:
-        """What a model is now."""
+    def of(cls, model: PreTrainedModel, without: Collection[str] = ()) -> Snapshot:
+        """What a model is now; of its tensors those `without` the ones of these names."""
         modules = dict(model.named_modules(remove_duplicate=False))
         named = dict(model.named_parameters(remove_duplicate=False))
         tensors = {**named, **dict(model.named_buffers(remove_duplicate=False))}
@@ -32,6 +32,7 @@ class Snapshot:
             "what trains": {name: p.requires_grad for name, p in named.items()},
             "gradients": {name: p.grad is not None for name, p in named.items()},
             "parameters": {name: id(p) for name, p in named.items()},
+            "buffers": {name: True for name in tensors},
             "attributes": {
                 name: sorted(v for v in vars(m) if v != "_is_hf_initialized") for name, m in modules.items()
             },
@@ -40,19 +41,18 @@ class Snapshot:
             "attention": {n: vars(m)["config"]._attn_implementation for n, m in modules.items() if "config" in vars(m)},
             "config": model.config.to_dict(),
         }
-        return cls({name: t.detach().clone() for name, t in tensors.items()}, told)
+        return cls({name: t.detach().clone() for name, t in tensors.items() if name not in without}, told)
 
     def differences(self, after: Snapshot) -> Iterator[str]:
         """What is not as it was, in words."""
-        for name in self.tensors.keys() | after.tensors.keys():
-            one, other = self.tensors.get(name), after.tensors.get(name)
-            if one is None or other is None or not _same(one, other):
+        for name, before in self.tensors.items():
+            if name not in after.tensors or not _same(before, after.tensors[name]):
                 yield f"the tensor {name}"
-        for what, before in self.told.items():
+        for what, told in self.told.items():
             now = after.told[what]
-            for name in before.keys() | now.keys():
-                if before.get(name) != now.get(name):
-                    yield f"{what} of {name or 'the model'}: {before.get(name)} before, {now.get(name)} after"
+            for name in sorted(told.keys() | now.keys()):
+                if told.get(name) != now.get(name):
+                    yield f"{what} of {name or 'the model'}: {told.get(name)} before, {now.get(name)} after"
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

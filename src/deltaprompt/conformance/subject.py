@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,10 @@ from deltaprompt.conformance.configs import parts
 from deltaprompt.conformance.shrink import Architecture, backbone, inputs_for
 from deltaprompt.conformance.snapshot import Snapshot
 from deltaprompt.deltas._base import Delta
+from deltaprompt.errors import BackboneError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-3}  # of outputs; in float64 models still take softmax in float32
 SEED = 20
@@ -38,18 +43,22 @@ class Subject:
         Raises:
             BackboneError: the architecture cannot be built, or it has no sites.
         """
-        made = backbone(architecture)
+        try:
+            made = backbone(architecture)
+        except BackboneError:  # ProphetNet's scores are of several tokens at once, and no head in DeltaPrompt's sense
+            made = backbone(architecture, kind="encoder")
         model = made.model
         for part in parts(model.config):
             if "use_cache" in vars(part):
                 part.use_cache = False  # as in training; RWKV and xLSTM give no gradients with it
         inputs = _four_rows(inputs_for(model, architecture))
         _in_double(model, inputs)
+        moving = set(_moving(model, inputs))
         next(model.parameters()).requires_grad_(False)
         logits = _logits(model, inputs)
         other = {n: torch.cat([t[:1].roll(3, 1), t[1:]]) if n.endswith("ids") else t for n, t in inputs.items()}
         apart = float((_logits(model, other) - logits)[1:].abs().max()) < TOLERANCES[model.dtype]
-        before = Snapshot.of(model)
+        before = Snapshot.of(model, moving)
         frozen = _frozen_logits(model, inputs)
         return cls(made, inputs, logits, frozen, before, apart)
 
@@ -118,7 +127,7 @@ def _logits(model: nn.Module, inputs: Mapping[str, Tensor], gradients: bool = Fa
         return model(**inputs).logits
 
 
-def _frozen_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+def _frozen_logits(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
     training = {p for p in model.parameters() if p.requires_grad}
     model.requires_grad_(False)
     logits = _logits(model, inputs)
@@ -135,6 +144,14 @@ def _in_double(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
     except (RuntimeError, TypeError, ValueError, ArithmeticError):
         model.to(torch.float32)
         _warm(model, inputs)
+
+
+def _moving(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Iterator[str]:
+    """Buffers in which a model keeps statistics of what passes it in training."""
+    before = Snapshot.of(model)
+    _warm(model, {name: t.roll(1, 1) if name.endswith("ids") else t for name, t in inputs.items()})
+    after = dict(model.named_buffers(remove_duplicate=False))
+    return (name for name, t in after.items() if not torch.equal(t, before.tensors[name]))
 
 
 def _warm(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
