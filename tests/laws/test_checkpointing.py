@@ -9,8 +9,9 @@ import torch
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
+from deltaprompt.backbone.layers import layers_of
 from deltaprompt.compose import Adapted
-from deltaprompt.compose.recomputing import FUNCTION, Around, layers_of
+from deltaprompt.compose.recomputing import FUNCTION, Around
 from deltaprompt.deltas.bitfit import BitFit
 from deltaprompt.deltas.lora import LoRA
 from deltaprompt.errors import ConfigError

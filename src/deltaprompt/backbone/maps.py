@@ -22,11 +22,12 @@ def is_plain(tensor: Tensor) -> bool:
 def map_of(site: Site, module: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Weight [out, in] and bias [out] of a site's map (of a norm [d], [d]), a fused map's part by itself."""
     own = dict(module.named_parameters(recurse=False))
-    return seen(site, module, dense(own["weight"], module), own.get("bias"))
+    bias = own.get("bias")
+    return seen(site, module, dense(own["weight"], module), None if bias is None else dense(bias, module))
 
 
 def dense(weight: Tensor, module: Any) -> Tensor:
-    """A module's weight as an ordinary tensor; a quantised one with its numbers written out."""
+    """A module's weight as an ordinary tensor; a quantised one with its numbers written out, a spread one whole."""
     if is_plain(weight):
         return weight
     if "quant_state" in vars(weight):  # bitsandbytes, 4 bits
@@ -36,7 +37,11 @@ def dense(weight: Tensor, module: Any) -> Tensor:
     if "SCB" in vars(weight):  # bitsandbytes, 8 bits: of 127 steps a row, by a scale that is the module's once it runs
         scale = vars(weight)["SCB"]
         return weight.data * (module.state.SCB if scale is None else scale)[:, None] / 127
-    return weight.dequantize()
+    from torch.distributed.tensor import DTensor
+
+    return (
+        weight.full_tensor() if isinstance(weight, DTensor) else weight.dequantize()
+    )  # processes must all ask at once
 
 
 def keep_unpacked(model: nn.Module) -> None:

@@ -51,6 +51,7 @@ def fit(
 ) -> None:
     """Adapt a backbone to a task, from a recipe, from options, or both (options win)."""
     from deltaprompt.cli.recipe import build, overlaid, read_toml
+    from deltaprompt.trainer.accelerated import is_main
 
     chosen = build(overlaid({} if recipe is None else read_toml(recipe), _tables(context.params)))
     if resume and chosen.out is None:
@@ -63,6 +64,8 @@ def fit(
             console.note(f"stopped by Ctrl-C; go on with: {shlex.join(['deltaprompt', *again, '--resume'])}")
             raise typer.Exit(console.INTERRUPTED) from error
         raise
+    if not is_main():  # of several processes (torchrun) one speaks
+        return
     if as_json:
         console.print_json(result.as_json() | {"test": result.test or None})
     else:
@@ -106,6 +109,7 @@ def _run(recipe: Recipe, resume: bool) -> SeedsResult:
     from deltaprompt.model import adapt
     from deltaprompt.templates import parse
     from deltaprompt.trainer import fit_seeds
+    from deltaprompt.trainer.accelerated import is_main
 
     source = training_file(recipe)
     fields = parse(recipe.task.template or TEMPLATES["encoder"]).fields
@@ -116,7 +120,8 @@ def _run(recipe: Recipe, resume: bool) -> SeedsResult:
     backbone = load(b.name, kind=b.kind, device=b.device, dtype=b.dtype, attention=b.attention, revision=b.revision)
     deltas = deltas_for(backbone) if recipe.deltas is None else recipe.deltas
     task = task_for(recipe.task, backbone, labels_of(train))
-    _told(recipe, task, [type(delta).__name__ for delta in deltas], backbone.kind)
+    if is_main():
+        _told(recipe, task, [type(delta).__name__ for delta in deltas], backbone.kind)
     return fit_seeds(
         lambda seed: adapt(backbone, task, deltas, seed),
         Deal(recipe, train, dev),

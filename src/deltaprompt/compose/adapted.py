@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from deltaprompt.backbone import Backbone, attention
+from deltaprompt.backbone.layers import layers_of
 from deltaprompt.compose.freezing import freeze, thaw
 from deltaprompt.compose.layout import layouts_of
 from deltaprompt.compose.merging import merged
 from deltaprompt.compose.patch import Patch
 from deltaprompt.compose.placing import sites_of
-from deltaprompt.compose.recomputing import AGAIN, Recomputing, differentiable, has_own_backward, layers_of
+from deltaprompt.compose.recomputing import AGAIN, Recomputing, differentiable, has_own_backward
 from deltaprompt.compose.routing import Index, Routing
 from deltaprompt.compose.stack import Common, Stack
 from deltaprompt.deltas._base import After, Before, Delta, Fixed, KeyValue, Reparametrised, Shared, VirtualTokens

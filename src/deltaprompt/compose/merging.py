@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from deltaprompt.backbone.layers import is_spread
 from deltaprompt.backbone.maps import is_plain, offset_of, put_back, seen
 from deltaprompt.compose.patch import Patch
 from deltaprompt.deltas._base import Mergeable
@@ -44,6 +45,11 @@ def _check(name: str, patch: Patch, own: Mapping[str, Tensor], model: nn.Module)
     """An error where a module's tensors are not its own numbers: quantised, sharded or tied."""
     site = patch.site
     odd = next((t for t in own.values() if not is_plain(t)), None)
+    if odd is not None and is_spread(model):
+        raise SiteError(
+            f"{name} cannot be merged at {site.name}: the backbone is spread over processes, each of which has a share "
+            "of the weight. Save the adaptation, and open and merge it in one process"
+        )
     if odd is not None:
         raise SiteError(
             f"{name} cannot be merged at {site.name}: {site.path} keeps its weight as {_kept_as(odd)}, which would "

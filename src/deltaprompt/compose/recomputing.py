@@ -7,7 +7,7 @@ ours around that function, whoever turned the switch on and whenever.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -85,13 +85,6 @@ def has_own_backward(model: nn.Module) -> bool:
 def differentiable(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     """The hook behind an embedding: what leaves it has a gradient, though it is frozen."""
     return output.requires_grad_() if torch.is_grad_enabled() and not output.requires_grad else output
-
-
-def layers_of(model: nn.Module) -> Iterator[nn.Module]:
-    """The layers that transformers can compute again."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    return (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
 
 
 def _differentiable(args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from deltaprompt.backbone.fingerprint import fingerprint
+from deltaprompt.backbone.layers import is_spread, spread
 from deltaprompt.errors import ConfigError
 from deltaprompt.model import Model
 from deltaprompt.trainer.training import Precision, Training
 from deltaprompt.types import Batch
+
+FSDP = "ACCELERATE_USE_FSDP"  # what `accelerate launch --use_fsdp` sets
 
 
 class Lone(nn.Module):
@@ -35,11 +41,50 @@ def accelerator_for(model: Model, precision: Precision) -> Any:
     on_cpu = model.device.type == "cpu"
     if on_cpu and precision == "fp16":
         raise ConfigError("precision = 'fp16' needs a GPU and the model is on the CPU; possible here: no, bf16")
+    with _without_its_fsdp():
+        try:
+            accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu)
+        except ValueError:  # accelerate has one state a process, here of another precision or device: it makes way
+            accelerator = None
+        if accelerator is None or accelerator.distributed_type == "FSDP":
+            AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+            accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu)
+        return accelerator
+
+
+def prepared(accelerator: Any, model: Model, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+    """The module to train and its optimizer. Of several processes each has the deltas, and all learn the same.
+
+    Where FSDP is asked for, the backbone's layers are spread over the processes, and stay so; accelerate's own FSDP
+    would spread the deltas as well, which are small, and does not run on CPUs.
+    """
+    several = accelerator.num_processes > 1
+    lone, backbone = Lone(model), model.backbone
+    if several and os.environ.get(FSDP, "").lower() in ("1", "true") and not is_spread(backbone.model):
+        spread(backbone.model, accelerator.device, fingerprint(backbone.model))
+    if is_spread(backbone.model):
+        frozen = [name for name, p in lone.named_parameters() if not p.requires_grad]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(lone, frozen)
+    return accelerator.prepare(lone, optimizer, device_placement=[several] * 2)
+
+
+@contextmanager
+def _without_its_fsdp() -> Iterator[None]:
+    """Within it accelerate is not asked for its own FSDP."""
+    asked = os.environ.pop(FSDP, None)
     try:
-        return Accelerator(mixed_precision=precision, cpu=on_cpu)
-    except ValueError:  # accelerate has one state a process, here of another precision or device: it makes way
-        AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-        return Accelerator(mixed_precision=precision, cpu=on_cpu)
+        yield
+    finally:
+        if asked is not None:
+            os.environ[FSDP] = asked
+
+
+def is_main() -> bool:
+    """Whether this is the only process, or of several the one that writes and speaks."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0"
 
 
 def optimizer_for(model: Model, training: Training) -> torch.optim.Optimizer:

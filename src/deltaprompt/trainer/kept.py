@@ -38,8 +38,11 @@ class Kept:
         return store.write(self.out, {**self._record, "training": training, "metrics": metrics}, tensors(model))
 
 
-def finished(model: Model, checkpoints: Checkpoints) -> Run | None:
-    """The run that is finished in the folder, its result put into the model; none where there is none."""
+def finished(model: Model, checkpoints: Checkpoints, main: bool = True) -> Run | None:
+    """The run that is finished in the folder, its result put into the model; none where there is none.
+
+    Of several processes the main one also writes it once more, to tell its bytes.
+    """
     if not store.holds_adaptation(checkpoints.out):
         return None
     record, saved = store.read(checkpoints.out)
@@ -48,7 +51,8 @@ def finished(model: Model, checkpoints: Checkpoints) -> Run | None:
         return None
     checkpoints.same(training["settings"])
     fill(model, saved)
-    return replace(Run(**training["run"]), bytes=store.write(checkpoints.out, _written(record), saved))
+    written = store.write(checkpoints.out, _written(record), saved) if main else 0
+    return replace(Run(**training["run"]), bytes=written)
 
 
 def note(out: Path, name: str, metrics: Mapping[str, float]) -> int:

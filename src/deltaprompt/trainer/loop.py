@@ -13,7 +13,7 @@ import torch
 
 from deltaprompt.model import Model
 from deltaprompt.trainer import failures
-from deltaprompt.trainer.accelerated import Lone, accelerator_for, optimizer_for, recomputed
+from deltaprompt.trainer.accelerated import accelerator_for, is_main, optimizer_for, prepared, recomputed
 from deltaprompt.trainer.checkpoint import Checkpoints, hold_back_weights
 from deltaprompt.trainer.kept import Kept, finished
 from deltaprompt.trainer.measure import measured
@@ -60,9 +60,10 @@ def fit(
     settings = {} if folder is None else settings_of(model, train, dev, training, seed)
     checkpoints = None if folder is None else Checkpoints(folder, settings)
     if checkpoints is not None and resume and checkpoints.newest() is None:
-        before = finished(model, checkpoints)
+        before = finished(model, checkpoints, is_main())
         if before is not None:
-            checkpoints.clear()  # what is left where it was killed while it did so
+            if is_main():
+                checkpoints.clear()  # what is left where it was killed while it did so
             return before
     with chance_kept(model.device), recomputed(model, training.checkpointing):
         loop = Loop(model, training, seed, checkpoints, progress or usual())
@@ -84,10 +85,7 @@ class Loop:
         self.kept = None if checkpoints is None else Kept(checkpoints.out, checkpoints.settings)
         self.shown = shown
         self.accelerator = accelerator_for(model, training.precision)
-        self.lone = Lone(model)
-        self.optimizer = optimizer_for(model, training)
-        moved = [self.accelerator.num_processes > 1] * 2
-        self.module, self.optimizer = self.accelerator.prepare(self.lone, self.optimizer, device_placement=moved)
+        self.module, self.optimizer = prepared(self.accelerator, model, optimizer_for(model, training))
         self.main = self.accelerator.is_main_process
         self.bytes = 0
 
@@ -108,6 +106,7 @@ class Loop:
         if self.checkpoints is not None:
             if self.main:
                 self.checkpoints.clear()
+            self.accelerator.wait_for_everyone()
             self.checkpoints.write(self.accelerator, 0)
 
     def run(self, what: str) -> Run:
@@ -132,6 +131,7 @@ class Loop:
         self._save(run)
         if self.checkpoints is not None and self.main:
             self.checkpoints.clear()
+        self.accelerator.wait_for_everyone()
         return replace(run, bytes=self.bytes)
 
     def _modes(self) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from deltaprompt.errors import ConfigError
 from deltaprompt.model import Model
+from deltaprompt.trainer.accelerated import is_main
 from deltaprompt.trainer.kept import note
 from deltaprompt.trainer.loop import fit
 from deltaprompt.trainer.progress import Progress
@@ -89,7 +90,9 @@ def fit_seeds(
             scores.append(model.evaluate(test) if test else {})
         finally:
             model.adapted.remove()
-        runs.append(run if where is None or not test else replace(run, bytes=note(where, "test", scores[-1])))
+        if where is not None and test and is_main():
+            run = replace(run, bytes=note(where, "test", scores[-1]))
+        runs.append(run)
     return _together(tuple(seeds), tuple(runs), scores, out)
 
 
@@ -100,7 +103,7 @@ def _together(
     test = {metric: told([score[metric] for score in scores]) for metric in scores[0]}
     best = seeds[max(range(len(seeds)), key=lambda i: rank(runs[i].best))]
     result = SeedsResult(seeds, runs, test, best, math.fsum(run.seconds for run in runs), out)
-    if out is not None and len(seeds) > 1:
+    if out is not None and len(seeds) > 1 and is_main():
         (out / "seeds.json").write_text(json.dumps(result.as_json(), indent=1) + "\n")
     return result
 
