@@ -175,7 +175,7 @@ def test_training_slots_at_once_is_training_each_alone(name, family):
 
 
 def rounded(family):
-    """What a family computes in float32 whatever the model's precision is: eager attention its softmax, Gemma its norms."""
+    """What is computed in float32 whatever the precision: the softmax of eager attention, Gemma's norms."""
     return shared(family).model.config._attn_implementation == "eager" or family.startswith("gemma")
 
 
