@@ -1,5 +1,7 @@
 """The reparametrised prefix is peft's with `prefix_projection`, up to where the numbers lie."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -7,7 +9,7 @@ from torch.testing import assert_close
 from deltaprompt.compose import Adapted
 from deltaprompt.deltas.prefix import Prefix
 from deltaprompt.deltas.reparametrised_prefix import ReparametrisedPrefix
-from deltaprompt.errors import ConfigError
+from deltaprompt.errors import ConfigError, SiteError
 from tests import backbones_zoo as zoo
 from tests.backbones_zoo import inputs_of
 
@@ -74,3 +76,10 @@ def test_it_acts_as_the_plain_prefix_of_what_it_computes(family):
 def test_what_is_not_possible_is_an_error(change):
     with pytest.raises(ConfigError, match="reparametrised_prefix: got .*length, embed, mid >= 1"):
         ReparametrisedPrefix(**change)
+
+
+@pytest.mark.parametrize(("delta", "name"), [(Prefix(), "prefix"), (ReparametrisedPrefix(), "reparametrised_prefix")])
+def test_unknown_heads_are_an_error(delta, name):
+    site = replace(zoo.build("bert").sites["layers.0.attn"], heads=0)
+    with pytest.raises(SiteError, match=f"^{name}: the number of heads at layers.0.attn is not known; .*cannot act"):
+        delta.params(site)

@@ -5,6 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from deltaprompt.backbone import load
+from deltaprompt.deltas._position_shift import PositionShift
 from deltaprompt.deltas.lora import LoRA
 from deltaprompt.deltas.prefix import Prefix
 from deltaprompt.deltas.soft_prompt import SoftPrompt
@@ -208,6 +209,15 @@ def test_an_encoder_without_words_or_sentences_for_a_label_is_an_error():
 def test_a_length_that_the_backbone_cannot_take_is_an_error(length):
     with pytest.raises(ConfigError, match=f"max_length {length} is not possible: this backbone takes 1 to 64 tokens"):
         model(task=Task("{text} {mask}", WORDS, max_length=length))
+
+
+def test_a_text_leaves_room_for_positions_that_are_moved_on():
+    moved = model("gpt2", Task("{text} It was {mask}.", WORDS), [Prefix(10), PositionShift(10)])
+    assert moved.features.max_length == 54
+    assert moved.predict(["good " * 200])[0]["label"] in WORDS
+    message = "max_length 64 is not possible: this backbone takes 1 to 54 tokens behind positions moved on by 10"
+    with pytest.raises(ConfigError, match=message):
+        model("gpt2", Task("{text} It was {mask}.", WORDS, max_length=64), [PositionShift(10)])
 
 
 def test_a_length_cuts_texts():

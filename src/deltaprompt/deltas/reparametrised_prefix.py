@@ -59,7 +59,9 @@ class ReparametrisedPrefix(Delta, KeyValue, Shared, Reparametrised):
 
     def params(self, site: Site) -> Mapping[str, Param]:
         if not site.heads:
-            raise SiteError(f"prefix: the number of heads at {site.name} is not known; prefix tuning cannot act there")
+            raise SiteError(
+                f"reparametrised_prefix: the number of heads at {site.name} is not known; it cannot act there"
+            )
         widths = {"second_k": site.outputs, "second_v": site.values or site.outputs}
         second = {name: Param((width, self.mid), kaiming) for name, width in widths.items()}
         return second | {f"{name}_bias": Param((1, width), zeros) for name, width in widths.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import overload
 
@@ -12,8 +11,6 @@ from torch import Tensor
 
 from deltaprompt.backbone import Backbone
 from deltaprompt.compose import Adapted, carries_deltas
-from deltaprompt.deltas._base import Delta
-from deltaprompt.deltas._position_shift import PositionShift
 from deltaprompt.errors import ConfigError
 from deltaprompt.interchange import cached, fields, ia3, lora, prefix, prompt
 from deltaprompt.interchange.folder import CONFIG, Folder
@@ -65,14 +62,7 @@ def open_peft(folder: str | Path, backbone: Backbone, task: Task | None = None) 
 def _attached(opened: Opened, backbone: Backbone, task: Task | None) -> Adapted | Model:
     if task is None:
         return Adapted(backbone, opened.deltas)
-    return Model(backbone, _shortened(task, opened.deltas, backbone), opened.deltas)
-
-
-def _shortened(task: Task, deltas: tuple[Delta, ...], backbone: Backbone) -> Task:
-    """The task, its texts short enough for positions that begin further on."""
-    moved = sum(delta.by for delta in deltas if isinstance(delta, PositionShift))
-    longest = backbone.max_length - moved
-    return replace(task, max_length=min(task.max_length or longest, longest)) if moved else task
+    return Model(backbone, task, opened.deltas)
 
 
 def _begin(model: Model, verbalizer: Started) -> None:

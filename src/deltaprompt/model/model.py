@@ -16,6 +16,7 @@ from deltaprompt.backbone import Backbone
 from deltaprompt.backbone.continuation import prompted
 from deltaprompt.compose import Adapted, Index, Stack, carries_deltas
 from deltaprompt.deltas._base import Delta, VirtualTokens
+from deltaprompt.deltas._position_shift import PositionShift
 from deltaprompt.deltas.soft_prompt import SoftPrompt
 from deltaprompt.errors import ConfigError
 from deltaprompt.features import Encoded, Features
@@ -253,9 +254,13 @@ def _features(backbone: Backbone, task: Task, verbalizer: Verbalizer, deltas: Se
     """The features of a task, with as many masks as the verbalizer's words need."""
     if len(task.names) < 2 or len(set(task.names)) < len(task.names):
         raise ConfigError(f"a task needs two labels or more, each once; got {list(task.names)}")
-    limit = backbone.max_length
+    moved = sum(delta.by for delta in deltas if isinstance(delta, PositionShift))
+    limit = backbone.max_length - moved
     if task.max_length is not None and not 1 <= task.max_length <= limit:
-        raise ConfigError(f"max_length {task.max_length} is not possible: this backbone takes 1 to {limit} tokens")
+        behind = f" behind positions moved on by {moved}" if moved else ""
+        raise ConfigError(
+            f"max_length {task.max_length} is not possible: this backbone takes 1 to {limit} tokens{behind}"
+        )
     config = backbone.config
     sentinel = T5_SENTINEL if T5_SENTINEL in backbone.tokenizer.get_vocab() else None
     features = Features(
