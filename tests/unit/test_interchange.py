@@ -187,6 +187,23 @@ def test_a_config_that_names_nothing(tmp_path):
     refused(tmp_path, re.escape("names no module of this backbone: ['c_attn']"))
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"target_modules": 5}, "target_modules = 5; str or list is possible. Get the folder again"),
+        ({"exclude_modules": 7}, "exclude_modules = 7; str or list is possible"),
+        ({"layers_pattern": 5}, "layers_pattern = 5; str or list is possible"),
+        ({"rank_pattern": [1]}, "rank_pattern = [1]; dict is possible"),
+        ({"alpha_pattern": "x"}, "alpha_pattern = 'x'; dict is possible"),
+        ({"layers_to_transform": "x"}, "layers_to_transform = 'x'; int or list is possible"),
+        ({"lora_dropout": [1]}, "lora_dropout = [1]; int or float is possible"),
+        ({"lora_alpha": float("nan")}, "the alpha nan; a finite number is possible"),
+    ],
+)
+def test_a_field_of_another_sort(more, message, tmp_path):
+    refused(with_fields(saved(tmp_path, "lora"), **more), re.escape(message))
+
+
 def test_a_fused_map_whose_input_is_scaled(tmp_path):
     with_fields(saved(tmp_path, "ia3", "gpt2"), feedforward_modules=["c_attn", "c_proj"])
     refused(tmp_path, "scales what enters the fused map transformer.h.0.attn.c_attn", family="gpt2")

@@ -26,6 +26,14 @@ READ: Mapping[str, set[str]] = {
     PREFIX: {"task_type", *_SHAPES},
 }
 
+_NAMES, _PATTERNS = (str, list), (dict,)
+SHAPED: Mapping[str, tuple[type, ...]] = {  # what a field that is read is, where it is not empty
+    **dict.fromkeys(("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern"), _NAMES),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), _PATTERNS),
+    "layers_to_transform": (int, list),
+    "lora_dropout": (int, float),
+}
+
 _ORIGIN = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
 _START = {"prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"}
 HARMLESS: Mapping[str, set[str]] = {  # how training began, how weights are laid out or sharded, who wrote it
@@ -75,6 +83,7 @@ def method_of(config: Mapping[str, Any], path: object) -> str:
     if method not in METHODS:
         raise StoreError(f"{path} is of PEFT's method {method!r}; {', '.join(METHODS)} can be opened")
     for field, value in config.items():
+        _check_shape(field, value, path)
         if field in READ[method] or field in HARMLESS[method] or value in EMPTY:
             continue
         reason = MUST_BE_EMPTY[method].get(field)
@@ -87,6 +96,14 @@ def method_of(config: Mapping[str, Any], path: object) -> str:
         raise StoreError(f"{path} has {field} = {value!r}: {reason}. That has no form here; open it with peft")
     _check_start(config.get("init_lora_weights"), path)
     return str(method)
+
+
+def _check_shape(field: str, value: object, path: object) -> None:
+    """An error where a field holds another sort of value than PEFT writes there."""
+    possible = SHAPED.get(field)
+    if possible is not None and value is not None and not isinstance(value, possible):
+        names = " or ".join(kind.__name__ for kind in possible)
+        raise StoreError(f"{path} has {field} = {value!r}; {names} is possible. Get the folder again")
 
 
 def _check_start(start: object, path: object) -> None:

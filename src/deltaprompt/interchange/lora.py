@@ -6,6 +6,7 @@ become one low-rank change: the different A's one above the other, B zero where 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -78,8 +79,8 @@ def _rank(folder: Folder, path: str) -> int:
 
 def _alpha(folder: Folder, path: str) -> float:
     alpha = by_pattern(folder.config.get("alpha_pattern"), path, folder.config.get("lora_alpha"))
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        raise StoreError(f"{folder.path} gives {path} the alpha {alpha!r}; a number is possible")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise StoreError(f"{folder.path} gives {path} the alpha {alpha!r}; a finite number is possible")
     return float(alpha)
 
 
