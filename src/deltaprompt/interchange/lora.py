@@ -80,7 +80,7 @@ def _rank(folder: Folder, path: str) -> int:
 def _alpha(folder: Folder, path: str) -> float:
     alpha = by_pattern(folder.config.get("alpha_pattern"), path, folder.config.get("lora_alpha"))
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise StoreError(f"{folder.path} gives {path} the alpha {alpha!r}; a finite number is possible")
+        raise StoreError(f"{folder.path} gives {path} the alpha {alpha!r}; a number is possible")
     return float(alpha)
 
 
