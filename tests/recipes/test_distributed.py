@@ -143,7 +143,11 @@ def spread_over(folder: Path) -> dict[str, Any]:
         again.adapted.merge()
     except SiteError as error:
         refused = str(error)
+    asked = model_on(load(folder / "llama", device="cpu"), "lora")
+    spread(asked.backbone.model, torch.device("cpu"), asked.backbone.fingerprint)
+    asked.predict(["a film"])  # in inference mode, before anything has a gradient
     return {
+        "asked": told(asked, fit(asked, ROWS, ROWS[::3], training=TRAINING, seed=3)),
         "share": numbers / sum(p.numel() for p in whole.model.model.layers.parameters()),
         "same": same and is_spread(backbone.model),
         "again": run.steps == 1,
@@ -244,6 +248,7 @@ def test_what_is_spread_is_a_half_in_each_and_saved_as_if_whole(found, folder):
         assert each["spread"]["share"] == pytest.approx(0.5, abs=0.02)
         assert each["spread"]["same"]
         assert each["spread"]["again"]
+        assert each["spread"]["asked"] == each["spread"]["llama lora"]
         assert each["spread"]["start"] == pytest.approx(float(magnitude.detach().sum()), abs=1e-4)
         assert "the backbone is spread over processes, each of which has a share" in each["spread"]["refused"]
     opened = open_(folder / "kept", device="cpu")
