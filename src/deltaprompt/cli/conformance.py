@@ -45,7 +45,8 @@ def conformance(
             progress.update(task, advance=1, description=one.model)
     summary = Summary(tuple(names), in_order(found, [str(a) for a in architectures]))
     if out is not None:
-        out.write_text(page(summary), encoding="utf-8")
+        command = f"deltaprompt conformance --models {models} --deltas {deltas} --out {out}"
+        out.write_text(page(summary, command), encoding="utf-8")
     if as_json:
         console.print_json(summary.as_json())
     else:
@@ -73,6 +74,8 @@ def _show(summary: Summary) -> None:
     for one in summary.checked:
         if one.problem:
             screen.print(f"not built  {one.model}: {one.problem}", markup=False, soft_wrap=True)
-    for state in ("refused", "failed"):
-        for o in summary.outcomes(state):
-            screen.print(f"{state}  {o.model}  {o.delta}: {o.reason}", markup=False, soft_wrap=True)
+    for group in summary.refusals():
+        told = f"refused  {', '.join(group.deltas)} on {', '.join(group.models)}: {group.reason}"
+        screen.print(told, markup=False, soft_wrap=True)
+    for o in summary.outcomes("failed"):
+        screen.print(f"failed  {o.delta} on {o.model}: {o.reason}", style="red", markup=False, soft_wrap=True)

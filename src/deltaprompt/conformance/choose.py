@@ -8,10 +8,47 @@ from deltaprompt import registry
 from deltaprompt.conformance.shrink import MAPPINGS, Architecture, known
 from deltaprompt.errors import ConfigError, nearest
 
-SPREAD: tuple[str, ...] = (
+SPREAD: tuple[str, ...] = (  # forty that cover what models are made of
     "masked:bert",
+    "masked:albert",  # one layer's weights for all
+    "masked:bart",  # a decoder that reads the same ids
+    "masked:convbert",  # convolutions beside attention
+    "masked:deberta-v2",  # maps of relative positions
+    "masked:fnet",  # no attention
+    "masked:funnel",  # sequences that are pooled
+    "masked:longformer",  # [s, b, d]; in float32
+    "masked:mobilebert",  # four feed-forward blocks in a layer
+    "masked:modernbert",  # fused queries, keys and values; fused gate and up
+    "masked:reformer",  # a backward pass of its own; queries that are keys
+    "masked:xlm",  # lists of parts side by side
     "causal:llama",
-    "seq2seq:t5",
+    "causal:bloom",  # fused head by head, in code of its own
+    "causal:deepseek_v3",  # latent attention, shared experts
+    "causal:deepseek_v32",  # an indexer without gradient
+    "causal:falcon",  # one key for several queries, fused
+    "causal:gemma4_text",  # embeddings of each layer, keys and values shared
+    "causal:gpt2",  # turned weights
+    "causal:gpt_neox",  # fused head by head
+    "causal:gpt_oss",  # fused experts, attention sinks
+    "causal:jamba",  # attention, Mamba and experts
+    "causal:jetmoe",  # experts in attention
+    "causal:longcat_flash",  # two sub-layers in a layer
+    "causal:mamba2",  # a state space alone
+    "causal:mixtral",  # fused experts
+    "causal:phi3",  # fused q, k, v; fused gate and up
+    "causal:qwen3_next",  # linear attention
+    "causal:recurrent_gemma",  # gated linear recurrence
+    "causal:rwkv",  # recurrence with receptance
+    "causal:xlnet",  # maps that are parameters, [s, b, d]
+    "causal:zamba2",  # a block shared by several layers
+    "seq2seq:t5",  # relative position biases of the first layer
+    "seq2seq:bart",
+    "seq2seq:encoder-decoder",  # a model of two
+    "seq2seq:led",  # windows in the encoder
+    "seq2seq:nllb-moe",  # experts that are modules
+    "seq2seq:prophetnet",  # several tokens at once
+    "seq2seq:switch_transformers",  # experts in float32's router
+    "seq2seq:t5gemma",  # a decoder's layers on both sides
 )
 
 
