@@ -194,6 +194,36 @@ def test_an_adaptation_that_is_not_there_is_an_error():
     assert torch.equal(adapted.states(inputs), adapted.states(inputs, 0))
 
 
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (torch.tensor([0, -1]), "adaptation -1 was named; 0 to 1 are possible"),
+        (torch.tensor([0, 7]), "adaptation 7 was named; 0 to 1 are possible"),
+        (torch.tensor([0.0, 1.0]), "one adaptation a row is a tensor of whole numbers [rows]; got float32 [2]"),
+        (torch.tensor(1), "a tensor of whole numbers [rows]; got int64 []"),
+        ([0, 1], "adaptation is a number, or a tensor of one a row, and not [0, 1]"),
+        (True, "and not True"),
+    ],
+)
+def test_an_adaptation_that_is_no_number_of_one_is_an_error(index, message):
+    adapted = adapted_to("bert", LoRA(), slots=2)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        adapted.states(inputs_of(adapted.backbone), index)
+
+
+@pytest.mark.parametrize("deltas", [LoRA(), ["lora"], [LoRA], "lora"])
+def test_deltas_that_are_no_list_of_instances_are_an_error(deltas):
+    with pytest.raises(ConfigError, match=re.escape("a list of instances, such as [dp.LoRA(rank=8)]; got ")):
+        Adapted(zoo.build("bert"), deltas)
+
+
+def test_what_is_removed_computes_no_layers_again():
+    adapted = adapted_to("bert", LoRA())
+    adapted.remove()
+    with pytest.raises(ConfigError, match="merged or removed"):
+        adapted.checkpointing()
+
+
 def test_rows_that_stand_for_several():
     adapted = adapted_to("bert", LoRA(), slots=2)
     inputs = inputs_of(adapted.backbone)

@@ -281,3 +281,19 @@ def test_a_merged_model_is_not_saved(tmp_path):
     with pytest.raises(ConfigError, match="the deltas are merged or removed"):
         model.save(tmp_path)
     assert torch.equal(open_(tmp_path, model.backbone).probabilities([Example({"text": "a film"})]), answers)
+
+
+@torch.no_grad()
+def test_what_was_merged_last_is_unmerged_first():
+    backbone = zoo.build("bert", torch.float64)
+    own = {name: p.clone() for name, p in backbone.model.named_parameters()}
+    first, second = (shake(Adapted(backbone, [LoRA(2)])) for _ in range(2))
+    first.merge()
+    second.merge()
+    with pytest.raises(ConfigError, match="other deltas were merged into this backbone later"):
+        first.unmerge()
+    second.unmerge()
+    first.unmerge()
+    first.remove()
+    second.remove()
+    assert all(torch.equal(p, own[name]) for name, p in backbone.model.named_parameters())

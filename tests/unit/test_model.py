@@ -384,3 +384,9 @@ def test_a_model_that_is_refused_leaves_the_backbone_as_it_was():
         adapt(backbone, Task("{text} It was {mask} .", WORDS, LabelWords({"pos": "good"})), [LoRA()])
     assert not any(module._forward_hooks for module in backbone.model.modules())
     assert all(p.requires_grad for p in backbone.model.parameters())
+
+
+@pytest.mark.parametrize("length", [64, 10**9])
+def test_virtual_tokens_that_leave_no_room_are_an_error(length):
+    with pytest.raises(ConfigError, match=f"{length} virtual tokens leave no room in the 64 tokens of a text"):
+        model("bert", Task("{text} {mask}", WORDS), [SoftPrompt(length)])

@@ -21,9 +21,9 @@ from deltaprompt.backbone import Backbone, attention
 from deltaprompt.backbone.layers import layers_of
 from deltaprompt.compose.freezing import freeze, thaw
 from deltaprompt.compose.layout import layouts_of
-from deltaprompt.compose.merging import merged
+from deltaprompt.compose.merging import Mark, mark_merge, merged, take_mark_back
 from deltaprompt.compose.patch import Patch
-from deltaprompt.compose.placing import sites_of
+from deltaprompt.compose.placing import instances, sites_of
 from deltaprompt.compose.recomputing import AGAIN, Recomputing, differentiable, has_own_backward
 from deltaprompt.compose.routing import Index, Routing
 from deltaprompt.compose.stack import Common, Stack
@@ -65,7 +65,8 @@ class Adapted(nn.Module):
         self._attached = False
         self._begun = 0  # patches that were ever made: each starts from a seed of its own
         self._before_merge: dict[str, Tensor] | None = None
-        for delta in deltas:
+        self._mark: Mark | None = None  # of the merge
+        for delta in instances(deltas):
             self._take(delta, *self._made(delta))
         freeze(self.model)
         self._hook()
@@ -78,7 +79,7 @@ class Adapted(nn.Module):
         Where others have deltas on the backbone too, these all then lie around theirs; so it is after `unmerge`.
         """
         self._check_open()
-        common, patches = self._made(delta)
+        common, patches = self._made(*instances([delta]))
         self._unhook()
         self._take(delta, common, patches)
         self._hook()
@@ -214,8 +215,21 @@ class Adapted(nn.Module):
         self.routing.index = index
 
     def _check_slot(self, index: Index) -> None:
-        if isinstance(index, int) and not 0 <= index < self.slots:
-            raise ConfigError(f"adaptation {index} was named; 0 to {self.slots - 1} are possible")
+        if index is None or torch.compiler.is_compiling():
+            return
+        if isinstance(index, bool) or not isinstance(index, int | Tensor):
+            raise ConfigError(f"adaptation is a number, or a tensor of one a row, and not {index!r}")
+        if isinstance(index, int):
+            low = high = index
+        elif index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool or not len(index):
+            kind = str(index.dtype).removeprefix("torch.")
+            raise ConfigError(
+                f"one adaptation a row is a tensor of whole numbers [rows]; got {kind} {list(index.shape)}"
+            )
+        else:
+            low, high = (int(end) for end in index.aminmax())
+        if low < 0 or high >= self.slots:
+            raise ConfigError(f"adaptation {low if low < 0 else high} was named; 0 to {self.slots - 1} are possible")
 
     @contextmanager
     def repeated(self, times: int) -> Iterator[None]:
@@ -241,6 +255,8 @@ class Adapted(nn.Module):
 
         transformers' own switch does so as well: either way a layer runs again in the slots of its own forward pass.
         """
+        if on:
+            self._check_open()
         if not self.model.supports_gradient_checkpointing:
             raise ConfigError(
                 f"{type(self.model).__name__} cannot compute its layers again; train it without checkpointing"
@@ -309,6 +325,7 @@ class Adapted(nn.Module):
         self._before_merge = {name: p.detach().clone() for name, p in own.items()}
         for name, tensor in new.items():
             own[name].copy_(tensor)
+        self._mark = mark_merge(self.model)
         self._release()
         return self.backbone
 
@@ -317,6 +334,7 @@ class Adapted(nn.Module):
         """Takes `merge` back: the backbone's weights are bitwise what they were, and the deltas are attached again."""
         if self._before_merge is None:
             raise ConfigError("nothing is merged; merge() first")
+        take_mark_back(self.model, self._mark)
         for name, tensor in self._before_merge.items():
             self.model.get_parameter(name).copy_(tensor)
         self._before_merge = None

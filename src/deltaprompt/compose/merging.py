@@ -10,7 +10,30 @@ from deltaprompt.backbone.layers import is_spread
 from deltaprompt.backbone.maps import is_plain, offset_of, put_back, seen
 from deltaprompt.compose.patch import Patch
 from deltaprompt.deltas._base import Mergeable
-from deltaprompt.errors import SiteError
+from deltaprompt.errors import ConfigError, SiteError
+
+MARKS = "_deltaprompt_merges"
+
+
+class Mark:
+    """Stands for one merge on the model that took it up; copied with it."""
+
+
+def mark_merge(model: nn.Module) -> Mark:
+    """Notes on a model that it has taken up one more."""
+    marks: list[Mark] = vars(model).setdefault(MARKS, [])
+    marks.append(Mark())
+    return marks[-1]
+
+
+def take_mark_back(model: nn.Module, mark: Mark | None) -> None:
+    """Takes the note back; an error where another merge lies on top, which would be lost."""
+    marks: list[Mark] = vars(model)[MARKS]
+    if marks[-1] is not mark:
+        raise ConfigError("other deltas were merged into this backbone later, on top of these; unmerge those first")
+    marks.pop()
+    if not marks:
+        del vars(model)[MARKS]
 
 
 def merged(patch: Patch, slot: int, model: nn.Module, new: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from deltaprompt.backbone import Backbone, Site, attention
 from deltaprompt.deltas._base import Delta, KeyValue, Shared
@@ -10,6 +10,14 @@ from deltaprompt.errors import ConfigError, SiteError
 from deltaprompt.params import Param, zeros
 
 GATE, GATE_BIAS = "gate", "gate_bias"
+
+
+def instances(deltas: Sequence[Delta]) -> Sequence[Delta]:
+    """The deltas, where they are; an error for a delta alone, a class or a name."""
+    wrong = deltas if isinstance(deltas, Delta | str) else next((d for d in deltas if not isinstance(d, Delta)), None)
+    if wrong is not None:
+        raise ConfigError(f"deltas are a list of instances, such as [dp.LoRA(rank=8)]; got {wrong!r}")
+    return deltas
 
 
 def sites_of(delta: Delta, backbone: Backbone) -> list[Site]:

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from deltaprompt.backbone import Backbone
 from deltaprompt.backbone.continuation import prompted
-from deltaprompt.compose import Adapted, Index, Stack, carries_deltas
+from deltaprompt.compose import Adapted, Index, Stack, carries_deltas, instances
 from deltaprompt.deltas._base import Delta, VirtualTokens
 from deltaprompt.deltas._position_shift import PositionShift
 from deltaprompt.deltas.soft_prompt import SoftPrompt
@@ -57,7 +57,7 @@ class Model(nn.Module):
         self.task = task
         self.backbone = backbone
         verbalizer = task.settled(backbone)
-        self.features = _features(backbone, task, verbalizer, deltas)
+        self.features = _features(backbone, task, verbalizer, instances(deltas))
         setting = Setting(task.names, backbone.kind, backbone.width, self.features.answer_ids)
         constants = verbalizer.constants(setting)  # whatever is wrong is said before anything is attached
         if carries_deltas(backbone.model):
@@ -261,6 +261,11 @@ def _features(backbone: Backbone, task: Task, verbalizer: Verbalizer, deltas: Se
         raise ConfigError(
             f"max_length {task.max_length} is not possible: this backbone takes 1 to {limit} tokens{behind}"
         )
+    virtual = sum(delta.length for delta in deltas if isinstance(delta, VirtualTokens))
+    if virtual >= (task.max_length or limit):
+        raise ConfigError(
+            f"{virtual} virtual tokens leave no room in the {task.max_length or limit} tokens of a text; take fewer"
+        )
     config = backbone.config
     sentinel = T5_SENTINEL if T5_SENTINEL in backbone.tokenizer.get_vocab() else None
     features = Features(
@@ -270,7 +275,7 @@ def _features(backbone: Backbone, task: Task, verbalizer: Verbalizer, deltas: Se
         task.max_length or limit,
         task.names,
         soft_base=backbone.vocabulary,
-        prepend_soft=sum(d.length for d in deltas if isinstance(d, VirtualTokens)),
+        prepend_soft=virtual,
         decoder_start_id=config.get("decoder_start_token_id"),
         sentinel=sentinel if backbone.kind == "seq2seq" else None,
     )
