@@ -52,6 +52,8 @@ def test_factors_are_exact_in_any_type(dtype):
     assert head.scale == 0.25
     t5 = wrap(zoo.model("t5").to(dtype), tokenizers_zoo.build("t5")).head
     assert t5.before == 16**-0.5
+    granite = wrap(zoo.model("granite").to(dtype), tokenizers_zoo.build("llama")).head
+    assert granite.scale == 1 / 3.0
 
 
 def test_a_chain_is_narrowed_to_rows_with_every_table_of_words():

@@ -110,11 +110,11 @@ class Backbone:
         return states_of(self.outputs(inputs, use_cache=False))  # nobody reads the keys and values
 
     def outputs(self, inputs: Mapping[str, Tensor], **cache: Any) -> Any:
-        """What the base gives for the inputs that it has names for."""
+        """What the base gives; it is asked for a `cache` only where it can."""
         if _needs_other(self.base, inputs):
             return captured(self.model, self.base, inputs)
         options = {name: value for name, value in cache.items() if takes(self.base, name)}
-        return self.base(**_taken(self.base, inputs), **options)
+        return self.base(**inputs, **options)
 
     def encoded(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """An encoder-decoder's encoder states [b, s, d]."""
@@ -165,7 +165,7 @@ def captured(model: nn.Module, base: nn.Module, inputs: Mapping[str, Any], **cac
 
     handle = base.register_forward_hook(leave)
     try:
-        model(**_taken(model, inputs), **cache)
+        model(**inputs, **cache)
     except _Captured as reached:
         return reached.args[0]
     finally:
@@ -180,20 +180,9 @@ def states_of(output: Any) -> Tensor:
     return output["logits"] if output.get("logits") is not None else output["last_hidden_state"]
 
 
-def _taken(module: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs that a module's forward has a name for; positions only where it says so."""
-    return {
-        name: t for name, t in inputs.items() if takes(module, name) or (name != "position_ids" and _takes_any(module))
-    }
-
-
 def takes(module: nn.Module, name: str) -> bool:
     """Whether a module's forward has an argument of that name."""
     return name in _arguments(type(module).forward)
-
-
-def _takes_any(module: nn.Module) -> bool:
-    return any(p.kind is Parameter.VAR_KEYWORD for p in _arguments(type(module).forward).values())
 
 
 def _needs_other(module: nn.Module, inputs: Mapping[str, Any]) -> bool:
