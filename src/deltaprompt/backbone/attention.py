@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 PREFIX = "deltaprompt_"
+BASES = ("eager", "sdpa")  # what ours can stand in front of
 KEY = "_deltaprompt_key_value_hooks"
 DISTANCES = "_deltaprompt_distances"  # the module whose table of relative position biases an attention uses (T5)
 
@@ -67,7 +68,7 @@ def supported(module: nn.Module) -> bool:
 def base_of(model: PreTrainedModel, path: str) -> str:
     """The name of what the attention at a path runs, ours aside; an error where ours cannot stand in front of it."""
     base = _name(_configs(model, path)[-1]).removeprefix(PREFIX)
-    if base not in ("eager", "sdpa"):
+    if base not in BASES:
         raise SiteError(
             f"prefixes need the attention implementation 'sdpa' or 'eager'; this backbone runs {base!r}. "
             "Load it with dp.load(..., attention='sdpa')"
@@ -124,10 +125,10 @@ def _share_distances(model: nn.Module) -> None:
             vars(module)[DISTANCES] = holders[place]
 
 
-def known(model: PreTrainedModel) -> None:
-    """Makes our function known to transformers where a model that came from another process runs it."""
-    for config in _changed(model):
-        register(_name(config).removeprefix(PREFIX))
+def known() -> None:
+    """Makes our function known to transformers where a model that runs it came from another process."""
+    for base in BASES:
+        register(base)
 
 
 def register(base: str) -> None:

@@ -341,10 +341,6 @@ class Adapted(nn.Module):
         freeze(self.model)
         self._hook()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        attention.known(self.model)
-
 
 def plain(delta: Delta) -> Delta:
     """The delta whose tensors are saved: itself, or the plainer one that a reparametrised delta computes."""

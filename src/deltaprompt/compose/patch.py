@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from deltaprompt.backbone import attention
 from deltaprompt.backbone.maps import map_of
 from deltaprompt.backbone.sites import Site
 from deltaprompt.compose.layout import Layout
@@ -171,6 +172,11 @@ class Patch(Stack):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "entered": None}  # an interrupted pass leaves it behind, and it cannot be copied
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if isinstance(self.delta, KeyValue):
+            attention.known()
 
 
 class _Frozen:
