@@ -30,9 +30,9 @@ def shake(adapted: Adapted, by: float = 0.2) -> Adapted:
     return adapted
 
 
-def adapted_to(family: str, name: str, slots: int = 1, dtype: torch.dtype = torch.float64) -> Adapted:
+def adapted_to(family: str, name: str, slots: int = 1, dtype: torch.dtype = torch.float64, by: float = 0.2) -> Adapted:
     """A backbone of its own with one delta, moved away from its start."""
-    return shake(Adapted(zoo.build(family, dtype), [made(name)], slots))
+    return shake(Adapted(zoo.build(family, dtype), [made(name)], slots), by)
 
 
 def inputs_for(name: str, backbone: Backbone, side: str = "right") -> dict[str, Tensor]:
