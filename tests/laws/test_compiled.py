@@ -11,6 +11,10 @@ from torch.testing import assert_close
 from deltaprompt.compose import Adapted
 from deltaprompt.deltas.bitfit import BitFit
 from deltaprompt.deltas.lora import LoRA
+from deltaprompt.deltas.prefix import Prefix
+from deltaprompt.model import Task, adapt
+from deltaprompt.types import Example
+from deltaprompt.verbalizers.soft import SoftVerbalizer
 from tests import backbones_zoo as zoo
 from tests.adapted_zoo import DELTAS, adapted_to, gradients, inputs_for, loss_of, mask_of, shake
 
@@ -77,6 +81,21 @@ def test_slots_are_compiled_four_times_at_most(one_layer):
     assert counts == [1, 2, 3, 3, 3, 4, 4, 4, 4, 4]
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")  # it is only slower
+def test_a_model_with_its_verbalizer_is_one_graph(one_layer):
+    words = {"good": ("great",), "bad": ("terrible",)}
+    model = adapt(zoo.build("bert"), Task("{text} It was {mask}.", words, SoftVerbalizer()), [LoRA(), Prefix(3)])
+    batch = model.features.collate(
+        model.encode([Example({"text": "a great film"}, "good"), Example({"text": "bad"}, "bad")])
+    )
+    model(batch)
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    assert_close(compiled(batch), model(batch), rtol=0, atol=1e-5)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_backbone_notices_what_is_attached_and_taken_away(one_layer):
     """PyTorch does not look for hooks that come after the compilation."""

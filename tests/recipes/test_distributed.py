@@ -36,6 +36,7 @@ from deltaprompt.verbalizers.soft import SoftVerbalizer
 from tests import backbones_zoo
 from tests.adapted_zoo import DELTAS, made
 
+pytestmark = pytest.mark.slow
 LIMIT = 240  # seconds; a tenth of it is usual
 FAMILIES = {"bert": DELTAS, "llama": ["lora", "prefix"], "t5": ["lora", "prefix"]}
 CASES = [(family, name) for family, names in FAMILIES.items() for name in names]
