@@ -264,9 +264,10 @@ def test_parts_have_names_of_their_own():
     ("delta", "message"),
     [
         (LoRA(at=("attn.qq",)), "selector 'attn.qq' matches no site of this backbone; did you mean 'attn.q'"),
-        (LoRA(at=("attn",)), "LoRA acts on sites of kind linear; ['attn'] are of kind attn"),
-        (LoRA(at=()), "LoRA acts on sites of kind linear; [] are of kind none"),
-        (Prefix(at=("attn.q",)), "Prefix acts on sites of kind attn; ['attn.q'] are of kind linear"),
+        (LoRA(at=("attn",)), "LoRA acts on sites of kind linear; 'attn' is of kind attn"),
+        (LoRA(at=("attn.q", "embed")), "LoRA acts on sites of kind linear; 'embed' is of kind embed"),
+        (LoRA(at=()), "LoRA finds no site on this backbone: nothing that [] speak of is there"),
+        (Prefix(at=("attn.q",)), "Prefix acts on sites of kind attn; 'attn.q' is of kind linear"),
         (IA3(at=(), at_input=("attn.q",)), "ia3: what enters layers.0.attn.q also enters the other parts"),
     ],
 )

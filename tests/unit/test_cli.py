@@ -421,7 +421,8 @@ def test_inspect_a_backbone(tiny):
     ).stdout
     assert "layers.0-1  2 alike, each with" in shown
     assert "✓ +64" in shown  # rank · (in + out)
-    assert "lora (rank=2, alpha=16.0, dropout=0.0, at=('attn.q', 'attn.v')): 4 sites, 256 parameters" in shown
+    assert "rank=2, alpha=16.0, dropout=0.0" in shown
+    assert "at=('attn.q', 'attn.v')): 4 sites, 256 parameters" in shown
     assert "soft_prompt" in shown
 
 

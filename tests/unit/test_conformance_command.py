@@ -209,3 +209,9 @@ def test_the_command_names_what_is_possible() -> None:
     run = told("--models", "causal:lama")
     assert run.exit_code == 2
     assert "did you mean 'causal:llama'" in run.stderr
+
+
+def test_a_page_that_cannot_be_written_is_told_before_the_run(tmp_path: Path) -> None:
+    run = told("--models", "causal:llama", "--out", str(tmp_path / "missing" / "page.md"))
+    assert run.exit_code == 2
+    assert "there is no folder" in run.stderr

@@ -6,7 +6,10 @@ from torch.testing import assert_close
 
 from deltaprompt.backbone import load
 from deltaprompt.backbone.load import kind_of, takes, wrap
+from deltaprompt.compose import Adapted
 from deltaprompt.conformance import shrink
+from deltaprompt.deltas.loreft import LoReFT
+from deltaprompt.errors import SiteError
 from tests import backbones_zoo as zoo
 from tests import tokenizers_zoo
 from tests.backbones_zoo import inputs_of
@@ -144,3 +147,10 @@ def test_telling_parts_leaves_nothing_behind():
     assert all(module.training for module in model.modules())
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_layer_whose_inputs_are_computed_again_from_its_outputs_takes_no_delta_behind_it():
+    backbone = shrink.backbone(find("masked:reformer"))
+    with pytest.raises(SiteError, match="LoReFT cannot act on what leaves a layer of ReformerForMaskedLM"):
+        Adapted(backbone, [LoReFT()])
+    assert Adapted(backbone, [LoReFT(at=("ffn",))]).patches

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from deltaprompt.cli import console, options
+from deltaprompt.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -36,6 +37,8 @@ def conformance(
     from deltaprompt.conformance.summary import Summary, in_order
     from deltaprompt.conformance.workers import checked
 
+    if out is not None and not out.parent.is_dir():
+        raise ConfigError(f"--out {out}: there is no folder {out.parent}; make it first, or name another")
     architectures, names = chosen_models(models), chosen_deltas(deltas)
     with _progress() as progress:
         task = progress.add_task("starting", total=len(architectures))

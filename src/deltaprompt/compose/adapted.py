@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from types import MethodType
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ from deltaprompt.backbone.layers import layers_of
 from deltaprompt.compose.freezing import freeze, thaw
 from deltaprompt.compose.layout import layouts_of
 from deltaprompt.compose.merging import Mark, mark_merge, merged, take_mark_back
-from deltaprompt.compose.patch import Patch
+from deltaprompt.compose.patch import IDS, Patch
 from deltaprompt.compose.placing import instances, sites_of
 from deltaprompt.compose.recomputing import AGAIN, Recomputing, differentiable, has_own_backward
 from deltaprompt.compose.routing import Index, Routing
@@ -177,8 +178,8 @@ class Adapted(nn.Module):
         if isinstance(delta, After):
             self._handles.append(module.register_forward_hook(patch.leave))
         if isinstance(delta, VirtualTokens):
-            for other in _other_tables(self.model, module, site.inputs):
-                self._handles.append(other.register_forward_pre_hook(patch.known, prepend=True))
+            for other in _other_readers(self.model, module, site.inputs):
+                self._handles.append(other.register_forward_pre_hook(patch.known, prepend=True, with_kwargs=True))
         if isinstance(delta, KeyValue):
             attention.install(self.model, site.path)
             attention.hooks_at(module).append(patch.key_value)
@@ -357,10 +358,14 @@ def carries_deltas(model: nn.Module) -> bool:
     return any(isinstance(hook, MethodType) and isinstance(hook.__self__, Patch) for hook in hooks)
 
 
-def _other_tables(model: nn.Module, embedding: nn.Module, rows: int) -> Iterator[nn.Module]:
-    """Further embeddings of the same ids: of a decoder that reads the encoder's text, of each layer (Gemma 4)."""
-    tables = (module for module in model.modules() if isinstance(module, nn.Embedding))
-    return (table for table in tables if table is not embedding and table.num_embeddings == rows)
+def _other_readers(model: nn.Module, embedding: nn.Module, rows: int) -> Iterator[nn.Module]:
+    """What else reads the same ids: embeddings of a decoder or of each layer (Gemma 4), routers (DeepSeek V4)."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            if module is not embedding and module.num_embeddings == rows:
+                yield module
+        elif IDS in signature(module.forward).parameters and embedding not in module.modules():
+            yield module
 
 
 def _mixed(seed: int, place: int) -> int:

@@ -20,6 +20,8 @@ from deltaprompt.deltas._base import After, Before, Computed, Delta, KeyValue, S
 from deltaprompt.errors import SiteError
 from deltaprompt.params import Map, Weights
 
+IDS = "input_ids"  # what transformers calls them
+
 
 class Patch(Stack):
     """One delta at one site.
@@ -98,20 +100,23 @@ class Patch(Stack):
         new = self._mapped(self._before, module, x)
         return ((new, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): new})
 
-    def known(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
-        """The hook in front of another table of the same ids: virtual ones are told as the site's own table is."""
-        return (self._mapped(self._before, module, args[0]), *args[1:]) if args else None
+    def known(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The hook in front of others that read the ids: they are told of virtual ones what the site's own table is."""
+        if IDS in kwargs and kwargs[IDS] is not None:
+            return args, {**kwargs, IDS: self._mapped(self._before, module, kwargs[IDS])}
+        is_table = isinstance(module, nn.Embedding) and args
+        return ((self._mapped(self._before, module, args[0]), *args[1:]), kwargs) if is_table else None
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """The hook behind the site: y' = after(x, y), on the site's part of a fused map's output."""
         x, self.entered = args[0] if self.entered is None else self.entered, None
-        y = output[0] if isinstance(output, tuple) else output  # a layer may return more than its states
+        y = output[0] if isinstance(output, tuple | list) else output  # a layer may return more than its states
         part = self.site.part
         if part is None:
             y = self._mapped(self._after, module, x, y)
         else:
             y = part.put(y, self._mapped(self._after, module, x, part.take(y)))
-        return (y, *output[1:]) if isinstance(output, tuple) else y
+        return y if isinstance(output, Tensor) else _led_by(y, output)
 
     def key_value(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The hook at an attention site: k', v' from k, v [b, heads, s, size]."""
@@ -138,26 +143,21 @@ class Patch(Stack):
         last = seen[-1]
         turned = self.layout == "turned" and isinstance(self.routing.index, Tensor)
         seen = tuple(t.transpose(0, 1) for t in seen) if turned else seen
-        weights = self.weights(self._rows(seen[-1]), module)
+        rows = self._rows(seen[0])
+        weights = self.weights(rows, module)
         own = None if torch.is_autocast_enabled(last.device.type) else self._precision()
-        new = maths(weights, self.site, *(self._ready(t, own) for t in seen)).reshape(seen[-1].shape).to(last.dtype)
+        new = maths(weights, self.site, *(_ready(t, rows, own) for t in seen)).reshape(seen[-1].shape).to(last.dtype)
         return new.transpose(0, 1) if turned else new
 
     def _precision(self) -> torch.dtype | None:
         return next((t.dtype for t in (*self.tensors.values(), *self._common[0].tensors.values())), None)
 
-    def _ready(self, t: Tensor, own: torch.dtype | None) -> Tensor:
-        """Token ids [b, s] as they are; numbers as [b, s, size] (OPT: [b * s, size]; Qwen 3: [b, s, heads, size])."""
-        if not t.is_floating_point():
-            return t
-        return t.reshape(self._rows(t), -1, t.shape[-1]).to(own or t.dtype)
-
     def _rows(self, t: Tensor) -> int:
         """The number of rows b of a tensor that passes the site."""
         index = self.routing.index
-        flat = t.ndim == 2 and t.is_floating_point()
+        flat = t.ndim <= (2 if t.is_floating_point() else 1)  # of numbers [b * s, size], of ids [b * s]
         if not isinstance(index, Tensor):
-            return t.shape[0] if t.ndim > 2 else 1
+            return 1 if flat else t.shape[0]
         if self.layout == "mingled":
             raise SiteError(
                 f"{self.site.name} sees tokens of all rows in an order of their own, as an expert does, so rows cannot "
@@ -189,6 +189,17 @@ class _Frozen:
         weight, bias = map_of(self.site, self.module)
         dtype = weight.dtype if self.like is None else self.like.dtype
         return weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
+
+
+def _ready(t: Tensor, rows: int, own: torch.dtype | None) -> Tensor:
+    """Token ids [b, s] as they are; numbers as [b, s, size] (OPT: [b * s, size]; Qwen 3: [b, s, heads, size])."""
+    return t.reshape(rows, -1, t.shape[-1]).to(own or t.dtype) if t.is_floating_point() else t
+
+
+def _led_by(first: Tensor, output: Any) -> Any:
+    """What a module returns, a tuple, a named one or a list, with another first part."""
+    parts = (first, *output[1:])
+    return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
 
 
 def _gate(w: Weights, x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from deltaprompt.backbone import Backbone, Site, attention
-from deltaprompt.deltas._base import Delta, KeyValue, Shared
+from deltaprompt.deltas._base import After, Delta, KeyValue, Shared
 from deltaprompt.errors import ConfigError, SiteError
 from deltaprompt.params import Param, zeros
 
@@ -24,15 +24,14 @@ def sites_of(delta: Delta, backbone: Backbone) -> list[Site]:
     """The sites where a delta has tensors on a backbone; an error where there is none, or where it cannot act."""
     name = type(delta).__name__
     chosen = backbone.sites.select(delta.selectors())
-    fitting = [site for site in chosen if site.kind in delta.acts_on]
-    if delta.selectors() and not chosen:
+    if not chosen:
         raise SiteError(
             f"{name} finds no site on this backbone: nothing that {list(delta.selectors())} speak of is there"
         )
-    if not fitting:
-        kinds = ", ".join(sorted({site.kind for site in chosen})) or "none"
-        possible = ", ".join(delta.acts_on)
-        raise SiteError(f"{name} acts on sites of kind {possible}; {list(delta.selectors())} are of kind {kinds}")
+    for selector in delta.selectors():
+        _check_kinds(delta, selector, backbone.sites.select([selector]))
+    fitting = [site for site in chosen if site.kind in delta.acts_on]
+    _check_recomputed(delta, fitting, backbone)
     if delta.gated and any(site.kind == "embed" for site in fitting):
         raise ConfigError(f"{name} cannot be gated: what enters {fitting[0].name} are token ids; leave out gated")
     if isinstance(delta, KeyValue):
@@ -46,6 +45,25 @@ def sites_of(delta: Delta, backbone: Backbone) -> list[Site]:
             f"{', '.join(site.name for site in fitting[:3])}; choose other sites"
         )
     return training
+
+
+def _check_kinds(delta: Delta, selector: str, found: Sequence[Site]) -> None:
+    """An error where a delta fits none of the sites that a selector finds."""
+    if found and not any(site.kind in delta.acts_on for site in found):
+        kinds = ", ".join(sorted({site.kind for site in found}))
+        possible = ", ".join(delta.acts_on)
+        raise SiteError(f"{type(delta).__name__} acts on sites of kind {possible}; {selector!r} is of kind {kinds}")
+
+
+def _check_recomputed(delta: Delta, sites: Sequence[Site], backbone: Backbone) -> None:
+    """An error where a layer's inputs are computed again from its outputs (Reformer), which must be its own then."""
+    if isinstance(delta, After) and any(
+        site.kind == "layer" and hasattr(backbone.model.get_submodule(site.path), "backward_pass") for site in sites
+    ):
+        raise SiteError(
+            f"{type(delta).__name__} cannot act on what leaves a layer of {type(backbone.model).__name__}, whose "
+            "backward pass computes the layer's inputs from that; choose sites within layers: ffn, attn.o"
+        )
 
 
 def _check_attention(delta: Delta, sites: list[Site], backbone: Backbone) -> None:

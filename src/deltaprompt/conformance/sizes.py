@@ -15,6 +15,7 @@ ROLES: tuple[tuple[str, str], ...] = (  # the first pattern that matches a whole
     (r".*layer_offset", "offset"),
     (r".*(layer_period|interval|every_n_layers|sparse_step|window_pattern|layer_group_size)", "period"),
     (r"((.*_)?(num|n)_|(.*_)?(en|de)coder_)(.*_)?layers?(_per_.*)?|depths?|n_layers?|(.*_)?num_blocks", "layers"),
+    (r"num_self_attends_per_block", "layers"),
     (r"(.*_)?(num_)?(key_value|kv)(_n)?_heads|(.*_)?(num|n)_kv_heads", "kv_heads"),
     (r"(.*_)?(num|n)_shared_experts|moe_num_shared_experts", "few"),
     (r"n_group|topk_group|num_expert_group|.*n_?groups", "few"),
