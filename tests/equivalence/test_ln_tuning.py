@@ -92,5 +92,5 @@ def test_the_count_is_the_closed_form(family, norms, biased):
 
 
 def test_it_goes_to_norms_only():
-    with pytest.raises(SiteError, match=r"LNTuning acts on sites of kind norm; \['attn.q'\] are of kind linear"):
+    with pytest.raises(SiteError, match=r"LNTuning acts on sites of kind norm; 'attn.q' is of kind linear"):
         Adapted(zoo.build("bert"), [LNTuning(at=("attn.q",))])

@@ -32,7 +32,11 @@ DISTANCES = "_deltaprompt_distances"  # the module whose table of relative posit
 class KeyValueHook(Protocol):
     """Maps the keys and values of an attention site: [b, heads, s, size] each, possibly longer afterwards."""
 
-    def __call__(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
+    def key_value(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k', v' from k, v."""
+
+    def sees(self, rows: int) -> Tensor | None:
+        """Which rows [b] see the columns that it puts in front; None for all of them."""
 
 
 def in_front(prefix: Tensor, t: Tensor) -> Tensor:
@@ -145,11 +149,18 @@ def attend(
 ) -> Any:
     """The attention that `base` names, on the keys and values that the site's hooks return."""
     mask, columns = attention_mask, k.shape[-2]
+    seen: list[tuple[int, Tensor | None]] = []  # columns that each hook put in front, and the rows that see them
     for hook in hooks_of(module):
-        k, v = hook(k, v)
+        before = k.shape[-2]
+        k, v = hook.key_value(k, v)
+        seen.append((k.shape[-2] - before, hook.sees(len(k))))
     added = k.shape[-2] - columns
     if added:
-        mask = _widened(_written_out(base, mask, module, q, columns, kw), added)
+        mask = _written_out(base, mask, module, q, columns, kw)
+        if mask is None and any(rows is not None for _, rows in seen):
+            mask = _open(base, q, columns)
+        for n, rows in seen:
+            mask = _widened(mask, n, rows)
         if kw.get("position_bias") is not None:
             kw["position_bias"] = _biased(module, kw["position_bias"], attention_mask, added)
     return _function(base, module)(module, q, k, v, mask, **kw)
@@ -177,6 +188,12 @@ def _written_out(
     return torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril()[None, None]
 
 
+def _open(base: str, q: Tensor, columns: int) -> Tensor:
+    """A mask [1, 1, rows, columns] that hides nothing, in the form that `base` reads."""
+    shape = (1, 1, q.shape[-2], columns)
+    return q.new_zeros(shape) if base == "eager" else q.new_ones(shape, dtype=torch.bool)
+
+
 def _biased(module: nn.Module, bias: Tensor, mask: Tensor | None, added: int) -> Tensor:
     """The position biases [1, heads, rows, columns] with `added` columns in front, at the distances that these have."""
     holder = vars(module).get(DISTANCES)
@@ -200,6 +217,14 @@ def _in_front(mask: Tensor | None, rows: int, columns: int) -> int | Tensor:
     return (own * torch.arange(columns, device=own.device)).amax()
 
 
-def _widened(mask: Tensor | None, added: int) -> Tensor | None:
-    """The mask with `added` open columns in front."""
-    return None if mask is None else functional.pad(mask, (added, 0), value=float(mask.dtype is torch.bool))
+def _widened(mask: Tensor | None, added: int, rows: Tensor | None) -> Tensor | None:
+    """The mask with `added` columns in front, open to these rows [b] of the batch, or to all."""
+    if mask is None:
+        return None
+    if rows is None:
+        return functional.pad(mask, (added, 0), value=float(mask.dtype is torch.bool))
+    shape = (len(rows), *mask.shape[1:-1])
+    front = rows.view(-1, 1, 1, 1).expand(*shape, added)
+    if mask.is_floating_point():
+        front = torch.zeros_like(front, dtype=mask.dtype).masked_fill(~front, torch.finfo(mask.dtype).min)
+    return torch.cat([front, mask.expand(*shape, -1)], dim=-1)

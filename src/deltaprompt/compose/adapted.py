@@ -72,6 +72,14 @@ class Adapted(nn.Module):
         freeze(self.model)
         self._hook()
 
+    def grow(self, slots: int) -> None:
+        """As many more slots, whose tensors are zero until they are written."""
+        for stack in cast(list[Stack], [*self.commons, *self.patches]):
+            stack.grow(slots)
+        self.slots += slots
+        self.seeds += (0,) * slots
+        self._tell_layouts()
+
     # Attaching and removing
 
     def attach(self, delta: Delta) -> None:
@@ -150,10 +158,7 @@ class Adapted(nn.Module):
     def _hook(self) -> None:
         """Registers the hooks that the patches need, in the order of the deltas."""
         torch.compiler.reset()  # compiled code does not notice hooks that come later, and would run without them
-        if self.slots > 1:
-            layouts = layouts_of(self.backbone, {patch.site.path for patch in self._placed()})
-            for patch in self._placed():
-                patch.layout = layouts.get(patch.site.path, "rows")
+        self._tell_layouts()
         changed = {patch.site.path for patch in self._placed() if isinstance(patch.delta, Before)}
         for patch in self._placed():
             self._hook_at_site(patch, patch.site.path in changed)
@@ -165,6 +170,15 @@ class Adapted(nn.Module):
         for stacks in (self.commons, self.patches):
             stacks.train(self.training)
         self._attached = True
+
+    def _tell_layouts(self) -> None:
+        """Where the rows of a batch are at each site; asked of the backbone once, and only where rows may differ."""
+        if self.slots == 1:
+            return
+        with self.routing.at(None):
+            layouts = layouts_of(self.backbone, {patch.site.path for patch in self._placed()})
+        for patch in self._placed():
+            patch.layout = layouts.get(patch.site.path, "rows")
 
     def _hook_at_site(self, patch: Patch, changed: bool) -> None:
         """A patch's hooks; `changed` where a delta at its site changes what enters."""
@@ -182,7 +196,7 @@ class Adapted(nn.Module):
                 self._handles.append(other.register_forward_pre_hook(patch.known, prepend=True, with_kwargs=True))
         if isinstance(delta, KeyValue):
             attention.install(self.model, site.path)
-            attention.hooks_at(module).append(patch.key_value)
+            attention.hooks_at(module).append(patch)
 
     def _unhook(self) -> None:
         torch.compiler.reset()
@@ -193,7 +207,7 @@ class Adapted(nn.Module):
             return
         for patch in self._placed():
             if isinstance(patch.delta, KeyValue):
-                attention.take_away(self.model.get_submodule(patch.site.path), patch.key_value)
+                attention.take_away(self.model.get_submodule(patch.site.path), patch)
         for layer in layers_of(self.model):
             self.recomputing.leave(layer)
         attention.release(self.model)
@@ -248,7 +262,7 @@ class Adapted(nn.Module):
             each: sequences searched or drawn for each row, the larger of num_beams and num_return_sequences.
         """
         self._check_slot(index)
-        with self.routing.at(index, each):
+        with self.routing.at(index, each), self.routing.steady():
             yield
 
     def checkpointing(self, on: bool = True) -> None:
@@ -351,11 +365,11 @@ def plain(delta: Delta) -> Delta:
 def carries_deltas(model: nn.Module) -> bool:
     """Whether any patch is attached to a model."""
     hooks = (
-        hook
+        hook.__self__ if isinstance(hook, MethodType) else hook
         for module in model.modules()
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values(), *attention.hooks_of(module))
     )
-    return any(isinstance(hook, MethodType) and isinstance(hook.__self__, Patch) for hook in hooks)
+    return any(isinstance(hook, Patch) for hook in hooks)
 
 
 def _other_readers(model: nn.Module, embedding: nn.Module, rows: int) -> Iterator[nn.Module]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,19 +19,30 @@ from deltaprompt.backbone.fused import at_rest
 
 Layout = Literal["rows", "turned", "mingled"]  # [b, s, d] or [b · s, d]; [s, b, d]; neither
 ROWS, LENGTH, CHANGED = 3, 8, 1  # of the passes; the row that differs
+TOLD: WeakKeyDictionary[nn.Module, dict[str, Layout]] = WeakKeyDictionary()
 ROUNDING = 1e-3  # of the largest difference: below it, kernels sum in another order
 
 
 def layouts_of(backbone: Backbone, paths: Iterable[str]) -> dict[str, Layout]:
-    """Path of a module -> its layout, where that is not the usual one; nothing of a model that takes no such passes."""
-    paths = set(paths)
+    """Path of a module -> its layout, where that is not the usual one; nothing of a model that takes no such passes.
+
+    A model is asked once for each path.
+    """
+    known = TOLD.setdefault(backbone.model, {})
+    if missing := set(paths) - known.keys():
+        told = _told(backbone, missing)
+        known.update({path: told.get(path, "rows") for path in missing})
+    return {path: layout for path in paths if (layout := known[path]) != "rows"}
+
+
+def _told(backbone: Backbone, paths: set[str]) -> dict[str, Layout]:
+    """The layouts of these modules, as two passes tell them."""
     try:
         with torch.no_grad(), at_rest(backbone.model):
             one, other = (_passed(backbone, paths, changed) for changed in (False, True))
     except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, IndexError):
         return {}
-    told = {path: _layout(one[path], other[path]) for path in paths & one.keys() & other.keys()}
-    return {path: layout for path, layout in told.items() if layout != "rows"}
+    return {path: _layout(one[path], other[path]) for path in paths & one.keys() & other.keys()}
 
 
 def _passed(backbone: Backbone, paths: Iterable[str], changed: bool) -> dict[str, list[Tensor]]:

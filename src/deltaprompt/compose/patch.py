@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from deltaprompt.backbone import attention
 from deltaprompt.backbone.maps import map_of
@@ -52,13 +53,28 @@ class Patch(Stack):
         return self._seen(index, module, False)
 
     def _seen(self, slot: int | Tensor, module: nn.Module | None, training: bool) -> Weights:
+        gathered = self.routing.gathered
+        steady = gathered is not None and isinstance(slot, Tensor) and not torch.is_grad_enabled()
+        if steady and self in gathered:  # type: ignore[operator]
+            return Weights(gathered[self], training, self._frozen(module))  # type: ignore[index]
+        tensors = self._picked(slot, training, module)
+        if steady and isinstance(tensors, Mapping):
+            gathered[self] = tensors  # type: ignore[index]
+        return Weights(tensors, training, self._frozen(module))
+
+    def _frozen(self, module: nn.Module | None) -> Callable[[], Map] | None:
+        return None if module is None else _Frozen(self, module)
+
+    def _picked(
+        self, slot: int | Tensor, training: bool, module: nn.Module | None
+    ) -> Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]]:
+        """The tensors of one slot, or of one a row; of a delta that computes them, what does so when they are asked."""
         common = self._common[0]
         own = {**self.tensors, **common.tensors}
         fixed = common.constants() if common.names else {}
-        frozen = None if module is None else _Frozen(self.site, module, next(iter(own.values()), None))
-        if not isinstance(self.delta, Computed):
-            return Weights({**{n: t[slot] for n, t in own.items()}, **fixed}, training, frozen)
-        return Weights(partial(self._computed, slot, own, fixed, training, frozen), training, frozen)
+        if isinstance(self.delta, Computed):
+            return partial(self._computed, slot, own, fixed, training, self._frozen(module))
+        return {**{n: t[slot] for n, t in own.items()}, **fixed}
 
     def _computed(
         self,
@@ -84,8 +100,9 @@ class Patch(Stack):
             return
         for index in range(len(next(iter(self.tensors.values())))):
             own = {**self.tensors, **self._common[0].tensors}
-            frozen = _Frozen(self.site, module, next(iter(own.values())))
-            w = Weights({n: t[index] for n, t in own.items()} | self._common[0].constants(), False, frozen)
+            w = Weights(
+                {n: t[index] for n, t in own.items()} | self._common[0].constants(), False, self._frozen(module)
+            )
             for name, tensor in self.delta.start(w, self.site).items():
                 self.tensors[name][index].copy_(tensor)
 
@@ -93,6 +110,8 @@ class Patch(Stack):
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The hook in front of the site: x' = before(x)."""
+        if self.routing.resting:
+            return None
         x = args[0] if args else next(iter(kwargs.values()))
         self.entered = x if isinstance(self.delta, After) else None
         if not isinstance(self.delta, Before):
@@ -102,6 +121,8 @@ class Patch(Stack):
 
     def known(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The hook in front of others that read the ids: they are told of virtual ones what the site's own table is."""
+        if self.routing.resting:
+            return None
         if IDS in kwargs and kwargs[IDS] is not None:
             return args, {**kwargs, IDS: self._mapped(self._before, module, kwargs[IDS])}
         is_table = isinstance(module, nn.Embedding) and args
@@ -109,6 +130,8 @@ class Patch(Stack):
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """The hook behind the site: y' = after(x, y), on the site's part of a fused map's output."""
+        if self.routing.resting:
+            return output
         x, self.entered = args[0] if self.entered is None else self.entered, None
         y = output[0] if isinstance(output, tuple | list) else output  # a layer may return more than its states
         part = self.site.part
@@ -120,6 +143,24 @@ class Patch(Stack):
 
     def key_value(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The hook at an attention site: k', v' from k, v [b, heads, s, size]."""
+        rows = self.routing.rows
+        if self.routing.resting:
+            return k, v
+        if rows is None:
+            return self._key_value(k, v)
+        new = self._key_value(k[rows], v[rows])
+        added = new[0].shape[-2] - k.shape[-2]  # columns that other rows have too, and do not see
+        wide = (functional.pad(t, (0, 0, added, 0)) for t in (k, v))
+        return tuple(t.index_copy(0, rows, n) for t, n in zip(wide, new, strict=True))  # type: ignore[return-value]
+
+    def sees(self, rows: int) -> Tensor | None:
+        """Which of a batch's rows [b] see the columns that this puts in front; None for all of them."""
+        own = self.routing.rows
+        if own is None:
+            return None
+        return torch.zeros(rows, dtype=torch.bool, device=own.device).index_fill(0, own, True)
+
+    def _key_value(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         w, columns = self.weights(k.shape[0]), k.shape[-2]
         k, v = cast(KeyValue, self.delta).key_value(w, self.site, k, v)
         if not self.delta.gated:
@@ -140,16 +181,24 @@ class Patch(Stack):
 
     def _mapped(self, maths: Callable[..., Tensor], module: nn.Module, *seen: Tensor) -> Tensor:
         """The maths on [b, s, size], in the delta's precision (in autocast's within it), returned as the last seen."""
-        last = seen[-1]
-        turned = self.layout == "turned" and isinstance(self.routing.index, Tensor)
+        last, routing = seen[-1], self.routing
+        turned = self.layout == "turned" and isinstance(routing.index, Tensor)
         seen = tuple(t.transpose(0, 1) for t in seen) if turned else seen
         rows = self._rows(seen[0])
-        weights = self.weights(rows, module)
-        own = None if torch.is_autocast_enabled(last.device.type) else self._precision()
-        new = maths(weights, self.site, *(_ready(t, rows, own) for t in seen)).reshape(seen[-1].shape).to(last.dtype)
+        own = None if torch.is_autocast_enabled(last.device.type) else self.precision()
+        if routing.rows is None:
+            weights = self.weights(rows, module)
+            new = maths(weights, self.site, *(_ready(t, rows, own) for t in seen)).to(last.dtype)
+        else:
+            weights = self.weights(len(routing.rows), module)
+            whole = _ready(seen[-1], rows, None)
+            mine = (_ready(_ready(t, rows, None)[routing.rows], len(routing.rows), own) for t in seen)
+            new = whole.index_copy(0, routing.rows, maths(weights, self.site, *mine).to(last.dtype))
+        new = new.reshape(seen[-1].shape)
         return new.transpose(0, 1) if turned else new
 
-    def _precision(self) -> torch.dtype | None:
+    def precision(self) -> torch.dtype | None:
+        """What its tensors are kept in; None where it has none."""
         return next((t.dtype for t in (*self.tensors.values(), *self._common[0].tensors.values())), None)
 
     def _rows(self, t: Tensor) -> int:
@@ -163,12 +212,13 @@ class Patch(Stack):
                 f"{self.site.name} sees tokens of all rows in an order of their own, as an expert does, so rows cannot "
                 "have an adaptation each there. Name one for all, or choose other sites, such as the block around it"
             )
-        if t.shape[0] == 1 < len(index):
+        rows = len(index) if self.routing.rows is None else self.routing.of
+        if t.shape[0] == 1 < rows:
             raise SiteError(
                 f"{self.site.name} also maps what all rows of a batch share (DeBERTa's relative positions), so they "
                 "cannot have an adaptation each there. Name one for all, or choose other sites: attn.v, attn.o, ffn.*"
             )
-        return len(index) if flat and t.shape[0] % len(index) == 0 else t.shape[0]
+        return rows if flat and t.shape[0] % rows == 0 else t.shape[0]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "entered": None}  # an interrupted pass leaves it behind, and it cannot be copied
@@ -182,12 +232,12 @@ class Patch(Stack):
 class _Frozen:
     """Reads the frozen weight and bias of a site's map when a delta asks for them, in the precision of its tensors."""
 
-    def __init__(self, site: Site, module: nn.Module, like: Tensor | None) -> None:
-        self.site, self.module, self.like = site, module, like
+    def __init__(self, patch: Patch, module: nn.Module) -> None:
+        self.patch, self.module = patch, module
 
     def __call__(self) -> Map:
-        weight, bias = map_of(self.site, self.module)
-        dtype = weight.dtype if self.like is None else self.like.dtype
+        weight, bias = map_of(self.patch.site, self.module)
+        dtype = self.patch.precision() or weight.dtype
         return weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
 
 
@@ -199,7 +249,7 @@ def _ready(t: Tensor, rows: int, own: torch.dtype | None) -> Tensor:
 def _led_by(first: Tensor, output: Any) -> Any:
     """What a module returns, a tuple, a named one or a list, with another first part."""
     parts = (first, *output[1:])
-    return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
+    return type(output)(parts) if type(output) in (tuple, list) else type(output)(*parts)
 
 
 def _gate(w: Weights, x: Tensor) -> Tensor:

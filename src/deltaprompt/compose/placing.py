@@ -58,7 +58,7 @@ def _check_kinds(delta: Delta, selector: str, found: Sequence[Site]) -> None:
 def _check_recomputed(delta: Delta, sites: Sequence[Site], backbone: Backbone) -> None:
     """An error where a layer's inputs are computed again from its outputs (Reformer), which must be its own then."""
     if isinstance(delta, After) and any(
-        site.kind == "layer" and hasattr(backbone.model.get_submodule(site.path), "backward_pass") for site in sites
+        site.kind == "layer" and "backward_pass" in dir(type(backbone.model.get_submodule(site.path))) for site in sites
     ):
         raise SiteError(
             f"{type(delta).__name__} cannot act on what leaves a layer of {type(backbone.model).__name__}, whose "

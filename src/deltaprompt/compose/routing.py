@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor
@@ -15,13 +15,37 @@ class Routing:
 
     def __init__(self) -> None:
         self.index: Index = None
+        self.rows: Tensor | None = None  # those of a batch [m] that `index` [m] speaks of; None for all of them
+        self.of = 0  # rows in the batch, where `rows` are given
         self.each = 1  # rows that one row of `index` may stand for, which follow one another
+        self.resting = False  # whether no row of the batch belongs here
+        self.gathered: dict[object, Mapping[str, Tensor]] | None = (
+            None  # each patch's tensors, where rows stay the same
+        )
 
     @contextmanager
     def at(self, index: Index, each: int = 1) -> Iterator[None]:
         """Within it the rows belong to `index`, in the passes that see every row `each` times too."""
-        kept, self.index, self.each = (self.index, self.each), index, each
+        kept = (self.index, self.each, self.rows, self.resting)
+        self.index, self.each, self.rows, self.resting = index, each, None, False
         try:
             yield
         finally:
-            self.index, self.each = kept
+            self.index, self.each, self.rows, self.resting = kept
+
+    @contextmanager
+    def steady(self) -> Iterator[None]:
+        """Within it the slots of the rows stay as they are from pass to pass: each patch gathers its tensors once."""
+        kept, self.gathered = self.gathered, {}
+        try:
+            yield
+        finally:
+            self.gathered = kept
+
+    def among(self, of: int, rows: Tensor, index: Tensor) -> None:
+        """Of a batch of `of` rows that several `Adapted`s serve, these rows belong here, in these slots."""
+        self.of, self.rows, self.index, self.resting = of, None if len(rows) == of else rows, index, False
+
+    def rest(self) -> None:
+        """No row of the passes to come belongs here."""
+        self.rows, self.index, self.resting = None, None, True

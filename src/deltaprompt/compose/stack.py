@@ -33,6 +33,12 @@ class Stack(nn.Module):
                 spec.init(fresh, generator)
                 self.tensors[name][slot].copy_(fresh)
 
+    @torch.no_grad()
+    def grow(self, slots: int) -> None:
+        """As many more slots, all zero."""
+        for name, t in self.tensors.items():
+            self.tensors[name] = nn.Parameter(torch.cat([t, t.new_zeros(slots, *t.shape[1:])]))
+
     def routed(self, rows: int) -> int | Tensor:
         """The slot of all rows, or the slot of each of `rows` rows."""
         index, each = self.routing.index, self.routing.each

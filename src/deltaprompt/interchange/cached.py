@@ -78,13 +78,13 @@ def bare(adapted: Adapted, slot: int) -> Iterator[None]:
         if isinstance(p.delta, PositionShift)
     ]
     for module, patch in prefixes:
-        attention.take_away(module, patch.key_value)
+        attention.take_away(module, patch)
     try:
         with adapted.routing.at(slot):
             yield
     finally:
         for module, patch in prefixes:
-            attention.hooks_at(module).append(patch.key_value)
+            attention.hooks_at(module).append(patch)
         for handle in back:
             handle.remove()
 
