@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from deltaprompt.errors import ConfigError
 
 Init = Callable[[Tensor, torch.Generator], None]
 Map = tuple[Tensor, Tensor | None]  # weight [out, in] of a linear map (of a norm: [d]) and bias [out]
+Noise = Callable[[Tensor, float], Tensor]  # (x, p) -> what x is multiplied with: 0 or 1 / (1 − p)
+
+_noise: list[Noise] = []  # the one that draws now; none: PyTorch's own generator. Global, as that one is
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +66,27 @@ class Weights(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._known())
 
+    def dropped(self, x: Tensor, p: float) -> Tensor:
+        """x ⊙ m while training, m = 0 with probability p and otherwise 1 / (1 − p) (Srivastava et al. 2014)."""
+        if not self.training or p == 0.0:
+            return x
+        return x * _noise[-1](x, p) if _noise else functional.dropout(x, p)
+
     def frozen(self) -> Map:
         """The site's own frozen weight [out, in] and bias [out] (None where it has none), in the tensors' precision."""
         if self._frozen is None:
             raise ConfigError("only a delta at a linear map or a norm sees a frozen weight; choose such sites")
         return self._frozen()
+
+
+@contextmanager
+def drawn_by(noise: Noise) -> Iterator[None]:
+    """Within it dropout is drawn by that function, in every thread: backward passes may run in their own."""
+    _noise.append(noise)
+    try:
+        yield
+    finally:
+        _noise.pop()
 
 
 def zeros(t: Tensor, _: torch.Generator) -> None:

@@ -8,7 +8,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from deltaprompt.backbone.sites import Site
 from deltaprompt.deltas._base import QUERIES, VALUES, After, Delta, Mergeable, Started, Taxonomy
@@ -73,7 +72,7 @@ class DoRA(Delta, After, Mergeable, Started):
 
     def after(self, w: Weights, site: Site, x: Tensor, y: Tensor) -> Tensor:
         gain, (_, bias) = w["magnitude"] / self._norm(w), w.frozen()
-        low = self.scale * (functional.dropout(x, self.dropout, w.training) @ w["a"].mT @ w["b"].mT)  # [b, s, out]
+        low = self.scale * (w.dropped(x, self.dropout) @ w["a"].mT @ w["b"].mT)  # [b, s, out]
         return y + (gain - 1) * (y if bias is None else y - bias) + gain * low
 
     def merged(self, w: Weights, site: Site, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

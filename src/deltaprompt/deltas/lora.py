@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
-from torch.nn import functional
 
 from deltaprompt.backbone.sites import Site
 from deltaprompt.deltas._base import QUERIES, VALUES, After, Delta, Mergeable, Taxonomy
@@ -52,7 +51,7 @@ class LoRA(Delta, After, Mergeable):
         return {"a": Param((self.rank, site.inputs), kaiming), "b": Param((site.outputs, self.rank), zeros)}
 
     def after(self, w: Weights, site: Site, x: Tensor, y: Tensor) -> Tensor:
-        x = functional.dropout(x, self.dropout, w.training)
+        x = w.dropped(x, self.dropout)
         return y + self.scale * (x @ w["a"].mT @ w["b"].mT)  # [b, s, in] -> [b, s, r] -> [b, s, out]
 
     def merged(self, w: Weights, site: Site, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -8,7 +8,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from deltaprompt.backbone.sites import Site
 from deltaprompt.deltas._base import QUERIES, VALUES, After, Delta, Fixed, Mergeable, Taxonomy
@@ -59,7 +58,7 @@ class VeRA(Delta, After, Mergeable, Fixed):
 
     def after(self, w: Weights, site: Site, x: Tensor, y: Tensor) -> Tensor:
         a, b = w["A"][:, : site.inputs], w["B"][: site.outputs]
-        inner = functional.dropout(x, self.dropout, w.training) @ a.mT * w["d"]  # [b, s, in] -> [b, s, r]
+        inner = w.dropped(x, self.dropout) @ a.mT * w["d"]  # [b, s, in] -> [b, s, r]
         return y + inner @ b.mT * w["b"]
 
     def merged(self, w: Weights, site: Site, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
