@@ -22,15 +22,16 @@ _noise: list[Noise] = []  # the one that draws now; none: PyTorch's own generato
 
 @dataclass(frozen=True, slots=True)
 class Param:
-    """One trainable tensor of a patch: the shape of one slot, and what it starts as."""
+    """One tensor of a patch: the shape of one slot, what it starts as, and whether it trains or stays so."""
 
     shape: tuple[int, ...]
     init: Init
+    trains: bool = True
 
     @property
     def size(self) -> int:
-        """Numbers in one slot."""
-        return torch.Size(self.shape).numel()
+        """Numbers in one slot that train."""
+        return torch.Size(self.shape).numel() if self.trains else 0
 
 
 class Weights(Mapping[str, Tensor]):

@@ -21,7 +21,7 @@ class Stack(nn.Module):
         self.routing = routing
         self.specs = dict(params)
         empty = {name: torch.empty(slots, *p.shape, dtype=dtype, device=like.device) for name, p in params.items()}
-        self.tensors = nn.ParameterDict({name: nn.Parameter(t) for name, t in empty.items()})
+        self.tensors = nn.ParameterDict({n: nn.Parameter(t, params[n].trains) for n, t in empty.items()})
 
     @torch.no_grad()
     def start(self, seeds: Sequence[int]) -> None:
@@ -37,7 +37,7 @@ class Stack(nn.Module):
     def grow(self, slots: int) -> None:
         """As many more slots, all zero."""
         for name, t in self.tensors.items():
-            self.tensors[name] = nn.Parameter(torch.cat([t, t.new_zeros(slots, *t.shape[1:])]))
+            self.tensors[name] = nn.Parameter(torch.cat([t, t.new_zeros(slots, *t.shape[1:])]), t.requires_grad)
 
     def routed(self, rows: int) -> int | Tensor:
         """The slot of all rows, or the slot of each of `rows` rows."""

@@ -24,6 +24,8 @@ class LoRA(Delta, After, Mergeable):
         dropout: of x on its way into A, while training.
         rank_stabilised: whether the change is scaled by α / √r, so that it does not vanish at high ranks.
         at: selectors of linear maps.
+        freeze_a: whether A stays as it is drawn, so that r · out parameters train and of x only A x is kept for the
+            backward pass (LoRA-FA: Zhang et al. 2023, section 3).
     """
 
     rank: int = 8
@@ -31,6 +33,7 @@ class LoRA(Delta, After, Mergeable):
     dropout: float = 0.0
     rank_stabilised: bool = False
     at: tuple[str, ...] = (QUERIES, VALUES)
+    freeze_a: bool = False
     taxonomy: ClassVar[Taxonomy] = "reparametrisation"
 
     def __post_init__(self) -> None:
@@ -48,7 +51,8 @@ class LoRA(Delta, After, Mergeable):
         return self.at
 
     def params(self, site: Site) -> Mapping[str, Param]:
-        return {"a": Param((self.rank, site.inputs), kaiming), "b": Param((site.outputs, self.rank), zeros)}
+        a = Param((self.rank, site.inputs), kaiming, trains=not self.freeze_a)
+        return {"a": a, "b": Param((site.outputs, self.rank), zeros)}
 
     def after(self, w: Weights, site: Site, x: Tensor, y: Tensor) -> Tensor:
         x = w.dropped(x, self.dropout)

@@ -210,7 +210,7 @@ class Model(nn.Module):
 
     def parameter_count(self) -> int:
         """Trainable numbers of one adaptation."""
-        return sum(tensor[0].numel() for _, tensor in self.parts())
+        return sum(tensor[0].numel() for _, tensor in self.parts() if tensor.requires_grad)
 
     def save(
         self,
