@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from deltaprompt.interchange import open_peft, save_peft
     from deltaprompt.model import Model, Task, adapt
     from deltaprompt.model.saved import open_ as open
-    from deltaprompt.trainer import Run, Training, fit
+    from deltaprompt.trainer import Plan, Run, Training, fit, fit_many
     from deltaprompt.types import Example
     from deltaprompt.verbalizers.label_descriptions import LabelDescriptions
     from deltaprompt.verbalizers.label_words import LabelWords
@@ -41,6 +41,7 @@ __all__ = [
     "LabelWords",
     "LoRA",
     "Model",
+    "Plan",
     "PositionShift",
     "Prefix",
     "Prototypes",
@@ -53,6 +54,7 @@ __all__ = [
     "adapt",
     "few_shot",
     "fit",
+    "fit_many",
     "load",
     "open",
     "open_peft",
@@ -67,6 +69,7 @@ _WHERE = {
     "LabelDescriptions": "verbalizers.label_descriptions",
     "LabelWords": "verbalizers.label_words",
     "Model": "model",
+    "Plan": "trainer",
     "PositionShift": "deltas._position_shift",
     "Prototypes": "verbalizers.prototypes",
     "Run": "trainer",
@@ -76,6 +79,7 @@ _WHERE = {
     "adapt": "model",
     "few_shot": "data",
     "fit": "trainer",
+    "fit_many": "trainer",
     "load": "backbone",
     "open": "model.saved",
     "open_peft": "interchange",

@@ -75,9 +75,9 @@ def broken_off(at: int) -> Iterator[None]:
     """Within it a run breaks off after that step, in every process."""
     own = loop.Loop._after_step
 
-    def after(self: Any) -> None:
-        own(self)
-        if self.state.step == at:
+    def after(self: Any, running: Any) -> None:
+        own(self, running)
+        if self.made == at:
             raise KeyboardInterrupt
 
     loop.Loop._after_step = after  # type: ignore[method-assign]

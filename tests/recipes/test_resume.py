@@ -205,10 +205,10 @@ def broken_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     plain = loop.Loop._one_step
 
-    def one_step(self: loop.Loop) -> None:
-        if self.state.step == 8:
+    def one_step(self: loop.Loop, running: Any) -> None:
+        if self.made == 8:
             raise KeyboardInterrupt
-        plain(self)
+        plain(self, running)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.Loop, "_one_step", one_step)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,9 +56,9 @@ def model(backbone: Backbone) -> Any:
     made.adapted.remove()
 
 
-def make(backbone: Backbone, *deltas: Delta, **task: Any) -> Model:
+def make(backbone: Backbone, *deltas: Delta, seeds: Sequence[int] = (0,), **task: Any) -> Model:
     verbalizer = task.get("verbalizer", LabelWords(WORDS))
-    return adapt(backbone, Task(TEMPLATE, WORDS, verbalizer), deltas or [LoRA(rank=2, dropout=0.2)])
+    return Model(backbone, Task(TEMPLATE, WORDS, verbalizer), deltas or [LoRA(rank=2, dropout=0.2)], seeds)
 
 
 def weights(model: Model) -> dict[str, Tensor]:
@@ -269,7 +269,7 @@ def planted(monkeypatch: pytest.MonkeyPatch, *accuracies: float) -> list[dict[st
     """dev gives these accuracies in turn; the tensors that it saw."""
     seen: list[dict[str, Tensor]] = []
 
-    def measured(module: Any, rows: Any, batch_size: int) -> dict[str, float]:
+    def measured(module: Any, rows: Any, batch_size: int, slot: int) -> dict[str, float]:
         seen.append(weights(module.model))
         return {"accuracy": accuracies[len(seen) - 1], "macro_f1": 0.0, "loss": 1.0}
 
@@ -450,7 +450,13 @@ def test_several_seeds(backbone: Backbone, tmp_path: Path) -> None:
 
     shown = Told()
     result = fit_seeds(
-        lambda seed: make(backbone), sets, TRAIN, seeds=[0, 1, 2], training=FAST, out=tmp_path, progress=shown
+        lambda seeds: make(backbone, seeds=seeds),
+        sets,
+        TRAIN,
+        seeds=[0, 1, 2],
+        training=FAST,
+        out=tmp_path,
+        progress=shown,
     )
     told_of = result.as_json()
     assert json.loads(json.dumps(told_of)) == told_of
@@ -468,12 +474,12 @@ def test_several_seeds(backbone: Backbone, tmp_path: Path) -> None:
         record = store.describe(folder)
         assert record["metrics"] == {"dev": run.best, "test": {k: v["each"][seed] for k, v in result.test.items()}}
         assert run.bytes == sum(path.stat().st_size for path in folder.iterdir())
-    assert [c[2] for c in shown.calls if c[0] == "start"] == [f"seed {n} ({n + 1} of 3)" for n in range(3)]
+    assert [c[2] for c in shown.calls if c[0] == "start"] == ["seed-0 … seed-2: 3 in one pass"]
     assert all(p.requires_grad for p in backbone.model.parameters())  # all models were taken off
 
     shown.calls.clear()
     again = fit_seeds(
-        lambda seed: make(backbone),
+        lambda seeds: make(backbone, seeds=seeds),
         sets,
         TRAIN,
         seeds=[0, 1, 2],
@@ -487,7 +493,9 @@ def test_several_seeds(backbone: Backbone, tmp_path: Path) -> None:
 
 
 def test_one_seed(backbone: Backbone, tmp_path: Path) -> None:
-    result = fit_seeds(lambda seed: make(backbone), lambda seed: (TRAIN, None), seeds=[7], training=FAST, out=tmp_path)
+    result = fit_seeds(
+        lambda seeds: make(backbone, seeds=seeds), lambda seed: (TRAIN, None), seeds=[7], training=FAST, out=tmp_path
+    )
     assert store.holds_adaptation(tmp_path)
     assert (result.best_seed, result.test, result.as_json()["test"]) == (7, {}, {})
     assert not (tmp_path / "seeds.json").exists()
@@ -496,7 +504,7 @@ def test_one_seed(backbone: Backbone, tmp_path: Path) -> None:
 def test_seeds_that_are_none_or_twice(backbone: Backbone) -> None:
     for seeds in ([], [1, 1]):
         with pytest.raises(ConfigError, match="there is one or more, and each once"):
-            fit_seeds(lambda seed: make(backbone), lambda seed: (TRAIN, None), seeds=seeds)
+            fit_seeds(lambda seeds: make(backbone, seeds=seeds), lambda seed: (TRAIN, None), seeds=seeds)
 
 
 def test_mean_and_sample_standard_deviation() -> None:

@@ -97,12 +97,12 @@ def _probe(backbone: Backbone, supports: Supports, test: Sequence[Example]) -> l
 def _prompt_and_delta(backbone: Backbone, supports: Supports, test: Sequence[Example], out: Path) -> list[str]:
     """A prompt, LoRA on every linear map, and prototypes that start from the descriptions and the examples."""
     from deltaprompt.cli.task import deltas_for
-    from deltaprompt.model import Task, adapt
+    from deltaprompt.model import Model, Task
     from deltaprompt.trainer import fit_seeds
 
     task, deltas = Task(TEMPLATE, DESCRIPTIONS), deltas_for(backbone)
     result = fit_seeds(
-        lambda seed: adapt(backbone, task, deltas, seed),
+        lambda seeds: Model(backbone, task, deltas, seeds),
         lambda seed: supports[seed],
         test,
         seeds=tuple(supports),

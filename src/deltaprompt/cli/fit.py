@@ -38,6 +38,7 @@ def fit(
     device: options.Device = None,
     dtype: options.Dtype = None,
     seeds: options.Seeds = None,
+    together: options.Together = None,
     epochs: options.Epochs = None,
     steps: options.Steps = None,
     batch_size: options.BatchSize = None,
@@ -96,7 +97,7 @@ def _tables(given: dict[str, Any]) -> dict[str, Any]:
         },
         "training": {name: given[name] for name in training} | {"checkpointing": given["checkpointing"] or None},
         "deltas": [] if none else [variant_of("deltas", text) for text in deltas] if deltas else None,
-        **{name: given[name] for name in ("seeds", "shots", "out")},
+        **{name: given[name] for name in ("seeds", "together", "shots", "out")},
     }
 
 
@@ -106,7 +107,7 @@ def _run(recipe: Recipe, resume: bool) -> SeedsResult:
     from deltaprompt.cli.data import Deal, rows, training_file
     from deltaprompt.cli.task import TEMPLATES, deltas_for, task_for
     from deltaprompt.data import labels_of
-    from deltaprompt.model import adapt
+    from deltaprompt.model import Model
     from deltaprompt.templates import parse
     from deltaprompt.trainer import fit_seeds
     from deltaprompt.trainer.accelerated import is_main
@@ -123,11 +124,12 @@ def _run(recipe: Recipe, resume: bool) -> SeedsResult:
     if is_main():
         _told(recipe, task, [type(delta).__name__ for delta in deltas], backbone.kind)
     return fit_seeds(
-        lambda seed: adapt(backbone, task, deltas, seed),
+        lambda seeds: Model(backbone, task, deltas, seeds),
         Deal(recipe, train, dev),
         test,
         seeds=recipe.seeds,
         training=recipe.training,
+        together=recipe.together,
         out=recipe.out,
         resume=resume,
     )

@@ -88,6 +88,15 @@ Dtype = Annotated[str | None, _option("--dtype", help="float32 (the default), bf
 Seeds = Annotated[
     str | None, _option("--seeds", help="Such as 0-4 or 0,3,7; default: 0.", panel=TRAINING, metavar="SEEDS")
 ]
+Together = Annotated[
+    int | None,
+    _option(
+        "--together",
+        help="Seeds that train in one pass, the result the same; less is less memory. Default: 8.",
+        panel=TRAINING,
+        metavar="N",
+    ),
+]
 Epochs = Annotated[
     int | None,
     _option("--epochs", help="Passes over the rows; default: 6, but 30 steps at least.", panel=TRAINING, metavar="N"),

@@ -17,6 +17,7 @@ from deltaprompt.backbone import Kind
 from deltaprompt.deltas._base import Delta
 from deltaprompt.errors import ConfigError, nearest
 from deltaprompt.trainer import Training
+from deltaprompt.trainer.many import TOGETHER
 
 Words = str | tuple[str, ...]
 T = TypeVar("T")
@@ -68,12 +69,13 @@ class Recipe:
     data: DataTable
     training: Training
     seeds: tuple[int, ...]
+    together: int  # seeds in one pass
     shots: int | None
     out: str | None
 
 
 TABLES = {"backbone": BackboneTable, "task": TaskTable, "data": DataTable, "training": Training}
-TOP = ("deltas", "seeds", "shots", "out")
+TOP = ("deltas", "seeds", "together", "shots", "out")
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -94,6 +96,7 @@ def build(given: Mapping[str, Any]) -> Recipe:
         if deltas is None
         else tuple(_delta(d, n) for n, d in enumerate(_value(list[Any], deltas, "deltas"), 1)),
         seeds=seeds_of(given.get("seeds", 0)),
+        together=_value(int, given.get("together", TOGETHER), "together"),
         shots=shots,
         out=out,
     )

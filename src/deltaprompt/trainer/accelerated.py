@@ -1,9 +1,9 @@
-"""What the loop asks of accelerate and PyTorch: an accelerator where the model is, a module to train, an optimizer."""
+"""What the loop asks of accelerate and PyTorch: an accelerator where the model is, a module to train, optimizers."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from deltaprompt.backbone.fingerprint import fingerprint
 from deltaprompt.backbone.layers import is_spread, spread
+from deltaprompt.compose import Index
 from deltaprompt.errors import ConfigError
 from deltaprompt.model import Model
 from deltaprompt.trainer.training import Precision, Training
@@ -28,9 +29,9 @@ class Lone(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, adaptation: Index = None) -> dict[str, Tensor]:
         """As the model's."""
-        return self.model(batch)
+        return self.model(batch, adaptation)
 
 
 def accelerator_for(model: Model, precision: Precision) -> Any:
@@ -52,8 +53,8 @@ def accelerator_for(model: Model, precision: Precision) -> Any:
         return accelerator
 
 
-def prepared(accelerator: Any, model: Model, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
-    """The module to train and its optimizer. Of several processes each has the deltas, and all learn the same.
+def prepared(accelerator: Any, model: Model) -> Any:
+    """The module to train. Of several processes each has the deltas, and all learn the same.
 
     Where FSDP is asked for, the backbone's layers are spread over the processes, and stay so; accelerate's own FSDP
     would spread the deltas as well, which are small, and does not run on CPUs.
@@ -65,7 +66,7 @@ def prepared(accelerator: Any, model: Model, optimizer: torch.optim.Optimizer) -
     if is_spread(backbone.model):
         frozen = [name for name, p in lone.named_parameters() if not p.requires_grad]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(lone, frozen)
-    return accelerator.prepare(lone, optimizer, device_placement=[several] * 2)
+    return accelerator.prepare(lone, device_placement=[several])
 
 
 @contextmanager
@@ -87,10 +88,18 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def optimizer_for(model: Model, training: Training) -> torch.optim.Optimizer:
+def processes() -> int:
+    """How many processes train: those that are joined, or that a launcher has announced."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def optimizer_for(parts: Mapping[str, Tensor], training: Training) -> torch.optim.Optimizer:
     """AdamW on two groups: the deltas' tensors, and the verbalizer's without weight decay."""
-    deltas = [tensor for name, tensor in model.parts() if name.startswith("delta.")]
-    verbalizer = [tensor for name, tensor in model.parts() if not name.startswith("delta.")]
+    deltas = [tensor for name, tensor in parts.items() if name.startswith("delta.")]
+    verbalizer = [tensor for name, tensor in parts.items() if not name.startswith("delta.")]
     groups = [
         {"params": deltas, "weight_decay": training.weight_decay},
         {"params": verbalizer, "weight_decay": 0.0},

@@ -27,22 +27,27 @@ def check_finite(loss: float, norm: float, step: int, scaler: Any, kept: Callabl
 
 
 @contextmanager
-def of_memory(training: Training, kept: Callable[[], str] | None = None) -> Iterator[None]:
-    """Within it, memory that runs out is a `TrainingError` that names the batch size to try."""
+def of_memory(training: Training, kept: Callable[[], str] | None = None, together: int = 1) -> Iterator[None]:
+    """Within it, memory that runs out is a `TrainingError` that names the batch size, or how many, to try."""
     try:
         yield
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as e:
         if not isinstance(e, torch.OutOfMemoryError | MemoryError) and not _tells_of_memory(e):
             raise
-        what = f"memory ran out with batch_size = {training.batch_size}" + ("" if kept is None else f"; {kept()}")
-        raise TrainingError(f"{what}. {_instead(training)}") from e
+        at_once = f" and {together} together" if together > 1 else ""
+        what = f"memory ran out with batch_size = {training.batch_size}{at_once}" + (
+            "" if kept is None else f"; {kept()}"
+        )
+        raise TrainingError(f"{what}. {_instead(training, together)}") from e
 
 
 def _tells_of_memory(e: RuntimeError) -> bool:
     return any(words in str(e).lower() for words in OUT_OF_MEMORY)
 
 
-def _instead(training: Training) -> str:
+def _instead(training: Training, together: int) -> str:
+    if together > 1:
+        return f"Try together = {together // 2}: the same numbers with half the memory"
     if training.batch_size == 1:
         return "That is one row already: cut texts with max_length, try precision 'bf16', or take a smaller backbone"
     half = training.batch_size // 2

@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from deltaprompt import store
 from deltaprompt.model import Model
-from deltaprompt.model.saved import fill, save, tensors
+from deltaprompt.model.saved import save, tensors
 from deltaprompt.trainer.checkpoint import Checkpoints
 from deltaprompt.trainer.run import Metrics, Run, finite
 
@@ -27,19 +29,19 @@ class Kept:
         self.settings = settings
         self._record: dict[str, Any] | None = None  # what does not change: the task, the backbone and its digest, …
 
-    def write(self, model: Model, best: Metrics, run: Run | None = None) -> int:
-        """Keeps the model as it is, with the run where it is finished; the bytes written."""
+    def write(self, model: Model, slot: int, best: Metrics, run: Run | None = None) -> int:
+        """Keeps one slot of a model as it is, with the run where it is finished; the bytes written."""
         training = {"finished": run is not None, "settings": self.settings, "run": run and run.record()}
         metrics = finite({"dev": best})
         if self._record is None:
-            written = save(model, self.out, training=training, metrics=metrics)
+            written = save(model, self.out, slot, training=training, metrics=metrics)
             self._record = _written(store.describe(self.out))
             return written
-        return store.write(self.out, {**self._record, "training": training, "metrics": metrics}, tensors(model))
+        return store.write(self.out, {**self._record, "training": training, "metrics": metrics}, tensors(model, slot))
 
 
-def finished(model: Model, checkpoints: Checkpoints, main: bool = True) -> Run | None:
-    """The run that is finished in the folder, its result put into the model; none where there is none.
+def finished(checkpoints: Checkpoints, main: bool = True) -> tuple[Run, dict[str, Tensor]] | None:
+    """The run that is finished in the folder and what it learned; none where there is none.
 
     Of several processes the main one also writes it once more, to tell its bytes.
     """
@@ -50,9 +52,8 @@ def finished(model: Model, checkpoints: Checkpoints, main: bool = True) -> Run |
     if not training.get("finished"):
         return None
     checkpoints.same(training["settings"])
-    fill(model, saved)
     written = store.write(checkpoints.out, _written(record), saved) if main else 0
-    return replace(Run(**training["run"]), bytes=written)
+    return replace(Run(**training["run"]), bytes=written), saved
 
 
 def note(out: Path, name: str, metrics: Mapping[str, float]) -> int:

@@ -12,15 +12,15 @@ from deltaprompt.trainer.accelerated import Lone
 
 
 @torch.inference_mode()
-def measured(module: Lone, rows: Sequence[Encoded], batch_size: int) -> dict[str, float]:
-    """`{"accuracy", "macro_f1", "loss"}` of labelled rows."""
+def measured(module: Lone, rows: Sequence[Encoded], batch_size: int, slot: int = 0) -> dict[str, float]:
+    """`{"accuracy", "macro_f1", "loss"}` of labelled rows, by one slot of the model."""
     from sklearn.metrics import accuracy_score, f1_score
 
     model, loss = module.model, 0.0
     gold, found = list[int](), list[int]()
     with evaluating(module):
         for batch in model.features.batches(rows, batch_size):
-            out = module(batch.to(model.device))
+            out = module(batch.to(model.device), slot)
             assert batch.labels is not None
             loss += float(out["loss"]) * len(batch.labels)
             gold += batch.labels.tolist()

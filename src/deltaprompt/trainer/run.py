@@ -46,6 +46,7 @@ class State:
     losses: list[float] = field(default_factory=list)  # since the last evaluation
     history: list[dict[str, Any]] = field(default_factory=list)
     stopped: str = ""
+    failed: str = ""  # what went wrong, where others go on
     seconds: float = 0.0
 
     def __post_init__(self) -> None:

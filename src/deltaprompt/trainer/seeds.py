@@ -1,4 +1,4 @@
-"""`fit_seeds`: the same training from several seeds, one after another on one backbone; mean ± standard deviation."""
+"""`fit_seeds`: the same training from several seeds, together on one backbone; mean ± standard deviation."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from typing import Any
 from deltaprompt.errors import ConfigError
 from deltaprompt.model import Model
 from deltaprompt.trainer.accelerated import is_main
+from deltaprompt.trainer.fitting import fit
 from deltaprompt.trainer.kept import note
-from deltaprompt.trainer.loop import fit
+from deltaprompt.trainer.many import TOGETHER, fit_many
+from deltaprompt.trainer.plan import Plan
 from deltaprompt.trainer.progress import Progress
 from deltaprompt.trainer.run import Run, rank
 from deltaprompt.trainer.training import Training
@@ -53,46 +55,47 @@ class SeedsResult:
 
 
 def fit_seeds(
-    make_model: Callable[[int], Model],
+    make_model: Callable[[Sequence[int]], Model],
     train_of: Callable[[int], Sets],
     test: Sequence[Example] | None = None,
     *,
     seeds: Sequence[int] = (0,),
     training: Training = Training(),  # noqa: B008  frozen
+    together: int = TOGETHER,
     out: str | Path | None = None,
     resume: bool = False,
     progress: Progress | None = None,
 ) -> SeedsResult:
-    """Trains a model of every seed, measures each on test, and names the one that is best on dev.
+    """Trains an adaptation of every seed, measures each on test, and names the one that is best on dev.
 
     Args:
-        make_model: a new model for a seed. Each is taken off its backbone afterwards, so that all may share one.
+        make_model: a new model with a slot for each of the seeds. It is taken off its backbone afterwards.
         train_of: the training and dev examples of a seed.
         test: labelled examples.
         seeds: each once.
+        training: how, the same for all.
+        together: seeds in one pass through the backbone at most; each ends as it would alone.
         out: a folder: of one seed the adaptation itself, of several `out/seed-<seed>` each.
-        resume: seeds that are finished are not trained again; the one that was broken off goes on.
+        resume: seeds that are finished are not trained again; what was broken off goes on.
     """
     if not seeds or len(set(seeds)) < len(seeds):
         raise ConfigError(f"seeds = {list(seeds)}: there is one or more, and each once")
-    out = None if out is None else Path(out)
-    runs, scores = list[Run](), list[dict[str, float]]()
-    for number, seed in enumerate(seeds, 1):
-        alone = len(seeds) == 1
-        where = out if out is None or alone else out / f"seed-{seed}"
-        what = "fit" if alone else f"seed {seed} ({number} of {len(seeds)})"
-        train, dev = train_of(seed)
-        model = make_model(seed)
-        try:
-            run = fit(
-                model, train, dev, training=training, seed=seed, out=where, resume=resume, progress=progress, what=what
-            )
-            scores.append(model.evaluate(test) if test else {})
-        finally:
-            model.adapted.remove()
-        if where is not None and test and is_main():
-            run = replace(run, bytes=note(where, "test", scores[-1]))
-        runs.append(run)
+    out, alone = None if out is None else Path(out), len(seeds) == 1
+    sets = [train_of(seed) for seed in seeds]
+    model = make_model(seeds)
+    try:
+        if alone:
+            (train, dev), seed = sets[0], seeds[0]
+            runs = [fit(model, train, dev, training=training, seed=seed, out=out, resume=resume, progress=progress)]
+        else:
+            plans = [Plan(*own, training, seed) for own, seed in zip(sets, seeds, strict=True)]
+            runs = fit_many(model, plans, together=together, out=out, resume=resume, progress=progress)
+        scores = [model.evaluate(test, slot=slot) if test else {} for slot in range(len(seeds))]
+    finally:
+        model.adapted.remove()
+    if out is not None and test and is_main():
+        folders = [out if alone else out / f"seed-{seed}" for seed in seeds]
+        runs = [replace(run, bytes=note(f, "test", s)) for run, f, s in zip(runs, folders, scores, strict=True)]
     return _together(tuple(seeds), tuple(runs), scores, out)
 
 

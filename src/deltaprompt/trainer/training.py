@@ -36,6 +36,8 @@ class Training:
         backbone_dropout: the frozen backbone's own dropout while training; off was better in few-shot trials.
         checkpointing: the backward pass computes the backbone's layers again instead of keeping what they had: less
             memory, about a third more time, the same numbers.
+        keep: what the layers below the lowest delta make of a text is computed once and kept, in memory and then on the
+            disk; the same numbers up to rounding.
         checkpoint_every: optimizer steps between checkpoints on disk; every epoch where not given.
     """
 
@@ -53,6 +55,7 @@ class Training:
     patience: int | None = 10
     backbone_dropout: bool = False
     checkpointing: bool = False
+    keep: bool = True
     checkpoint_every: int | None = None
 
     def __post_init__(self) -> None:
@@ -118,5 +121,6 @@ POSSIBLE: dict[str, tuple[Callable[[Any], bool], str]] = {
     "patience": (_count_or_none, "a whole number of evaluations, 1 or more, or none"),
     "backbone_dropout": (lambda v: isinstance(v, bool), "true or false"),
     "checkpointing": (lambda v: isinstance(v, bool), "true or false"),
+    "keep": (lambda v: isinstance(v, bool), "true or false"),
     "checkpoint_every": (_count_or_none, "a whole number of steps, 1 or more, or left out"),
 }

@@ -1,0 +1,133 @@
+"""`fit`: one adaptation, and what it has in common with several."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from deltaprompt.errors import ConfigError, TrainingError
+from deltaprompt.model import Model
+from deltaprompt.model.saved import fill
+from deltaprompt.trainer import failures
+from deltaprompt.trainer.accelerated import is_main, recomputed
+from deltaprompt.trainer.checkpoint import Checkpoints
+from deltaprompt.trainer.course import Course
+from deltaprompt.trainer.frozen import frozen_once
+from deltaprompt.trainer.kept import Kept, finished
+from deltaprompt.trainer.loop import Loop
+from deltaprompt.trainer.order import chance_kept
+from deltaprompt.trainer.plan import Plan
+from deltaprompt.trainer.progress import Progress, usual
+from deltaprompt.trainer.run import Run
+from deltaprompt.trainer.settings import check, settings_of
+from deltaprompt.trainer.training import Training
+from deltaprompt.types import Example
+
+
+@dataclass(frozen=True, eq=False)
+class Seat:
+    """A slot of a model, what is trained in it, and where that is kept."""
+
+    slot: int
+    plan: Plan
+    folder: Path | None
+    settings: dict[str, Any]  # empty without a folder
+
+    @property
+    def checkpoints(self) -> Checkpoints | None:
+        """Its own, where it trains alone."""
+        return None if self.folder is None else Checkpoints(self.folder, self.settings)
+
+    @property
+    def kept(self) -> Kept | None:
+        """The best so far on disk."""
+        return None if self.folder is None else Kept(self.folder, self.settings)
+
+
+def fit(
+    model: Model,
+    train: Sequence[Example],
+    dev: Sequence[Example] | None = None,
+    *,
+    training: Training = Training(),  # noqa: B008  frozen
+    seed: int = 0,
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    what: str = "fit",
+) -> Run:
+    """Trains a model's deltas and verbalizer in place; it is then as it was where dev was best (without dev: last).
+
+    Args:
+        model: of one adaptation. A verbalizer that starts from examples is given its start first.
+        train: labelled examples.
+        dev: labelled examples to choose by: the best accuracy, and of equal ones the lowest loss.
+        training: how.
+        seed: of the order of rows and of dropout. The same seed gives the same numbers, bitwise on a CPU.
+        out: a folder; the best so far is always in it, and while training goes on, `out/checkpoint`.
+        resume: goes on with the run that was broken off in `out`, to the result that it would have had. Begins at the
+            beginning where there is none, and returns at once where it is finished.
+        progress: a bar on a terminal where not given.
+        what: what the bar calls this run.
+
+    Raises:
+        ConfigError: nothing trains, or a run to resume had other settings or data.
+        TrainingError: a non-finite loss, or not enough memory. The best so far is in the model, and in `out`.
+    """
+    if model.adapted.slots != 1:
+        raise ConfigError(
+            f"fit trains one adaptation, and this model has {model.adapted.slots}; make it with one seed, or train "
+            "them with fit_many"
+        )
+    seat = seat_of(model, 0, Plan(train, dev, training, seed), None if out is None else Path(out))
+    before = finished_at(seat) if resume else None
+    if before is not None:
+        fill(model, before[1])
+        return before[0]
+    (run,) = trained(model, [seat], seat.checkpoints, resume, progress, what)
+    model.settle()
+    return run
+
+
+def seat_of(model: Model, slot: int, plan: Plan, folder: Path | None) -> Seat:
+    """A seat, its plan checked."""
+    check(model, plan)
+    return Seat(slot, plan, folder, {} if folder is None else settings_of(model, plan))
+
+
+def finished_at(seat: Seat) -> tuple[Run, dict[str, Tensor]] | None:
+    """The run that is finished in the seat's folder and what it learned; none where there is none, or one goes on."""
+    checkpoints = seat.checkpoints
+    if checkpoints is None or checkpoints.newest() is not None:
+        return None
+    before = finished(checkpoints, is_main())
+    if before is not None and is_main():
+        checkpoints.clear()  # what is left where it was killed while it did so
+    return before
+
+
+def trained(
+    model: Model,
+    seats: Sequence[Seat],
+    checkpoints: Checkpoints | None,
+    resume: bool,
+    progress: Progress | None,
+    what: str,
+) -> list[Run]:
+    """The runs of one loop, the finished adaptations kept; what is reparametrised is so still."""
+    training = seats[0].plan.training
+    with ExitStack() as everything, chance_kept(model.device), recomputed(model, training.checkpointing):
+        with failures.of_memory(training, together=len(seats)):
+            courses = [Course(model, seat.slot, seat.plan, seat.kept) for seat in seats]
+            loop = Loop(model, courses, checkpoints, progress or usual())
+            kept = everything.enter_context(frozen_once(model, courses, loop.accelerator.autocast))
+            loop.begin(resume)
+        runs = loop.finish(loop.run(what + kept))
+    if wrong := [course.state.failed for course in courses if course.state.failed]:
+        raise TrainingError("; ".join(wrong))
+    return runs

@@ -1,0 +1,33 @@
+"""What one adaptation is trained on, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from deltaprompt.trainer.training import Training
+from deltaprompt.types import Example
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one adaptation is trained on, and how.
+
+    Args:
+        train: labelled examples.
+        dev: labelled examples to choose by: the best accuracy, and of equal ones the lowest loss.
+        training: how.
+        seed: of the order of rows and of dropout. The same seed gives the same numbers, bitwise on a CPU.
+        name: of the folder that keeps it, where several are trained; `seed-<seed>` where not given.
+    """
+
+    train: Sequence[Example]
+    dev: Sequence[Example] | None = None
+    training: Training = Training()  # noqa: RUF009  frozen
+    seed: int = 0
+    name: str = ""
+
+    @property
+    def called(self) -> str:
+        """Its name."""
+        return self.name or f"seed-{self.seed}"

@@ -1,0 +1,128 @@
+"""Adaptations that train in one pass end as each would alone: losses, bests, what is learned and what is said."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from deltaprompt.backbone import Backbone
+from deltaprompt.deltas._base import Delta
+from deltaprompt.deltas.adapter import Adapter
+from deltaprompt.deltas.bitfit import BitFit
+from deltaprompt.deltas.dora import DoRA
+from deltaprompt.deltas.lora import LoRA
+from deltaprompt.deltas.prefix import Prefix
+from deltaprompt.deltas.reparametrised_prefix import ReparametrisedPrefix
+from deltaprompt.deltas.soft_prompt import SoftPrompt
+from deltaprompt.model import Model, Task
+from deltaprompt.trainer import Plan, Run, Training, fit, fit_many
+from deltaprompt.types import Example
+from deltaprompt.verbalizers.label_words import LabelWords
+from deltaprompt.verbalizers.prototypes import Prototypes
+from deltaprompt.verbalizers.soft import SoftVerbalizer
+from tests import backbones_zoo as zoo
+
+WORDS = {"good": ("great",), "bad": ("terrible",)}
+TEXTS = {
+    "good": ["a great movie", "a good film with a great plot and good acting", "great plot", "a great film", "good"],
+    "bad": ["terrible acting", "a bad film", "a terrible movie with a bad plot", "bad plot", "a terrible bad movie"],
+}
+ROWS = [
+    Example({"text": text}, label)
+    for pair in zip(*TEXTS.values(), strict=True)
+    for text, label in zip(pair, TEXTS, strict=True)
+]
+FAST = Training(steps=6, batch_size=4, learning_rate=1e-2)
+PLANS = (  # other rows, other lengths of a run, other rates, batches and clipping
+    Plan(ROWS, ROWS[:4], FAST, seed=3),
+    Plan(ROWS[2:], ROWS[4:], replace(FAST, steps=None, epochs=1, batch_size=3, accumulate=2, clip=0.1), seed=4),
+    Plan(ROWS[:8], None, replace(FAST, steps=9, learning_rate=3e-3, schedule="cosine", weight_decay=0.3), seed=5),
+)
+DELTAS = {
+    "lora": LoRA(rank=2, dropout=0.4),
+    "dora": DoRA(rank=2, dropout=0.2),
+    "adapter": Adapter(bottleneck=3),
+    "prefix": Prefix(length=2),
+    "soft_prompt": SoftPrompt(length=2),
+    "bitfit": BitFit(),
+    "reparametrised_prefix": ReparametrisedPrefix(length=2),
+}
+VERBALIZERS = {"label_words": LabelWords(WORDS), "prototypes": Prototypes(), "soft": SoftVerbalizer()}
+
+
+def made(backbone: Backbone, delta: Delta, verbalizer: Any, seeds: Sequence[int]) -> Model:
+    return Model(backbone, Task("{text} It was {mask}.", WORDS, verbalizer), [delta], seeds)
+
+
+def said(model: Model, slot: int) -> Tensor:
+    return model.probabilities(ROWS, slot=slot)
+
+
+def told(run: Run) -> list[float]:
+    """The numbers of a run."""
+    return [
+        number
+        for entry in run.history
+        for number in (entry["step"], entry["loss"], entry["learning_rate"], *entry["dev"].values())
+    ]
+
+
+def both(
+    backbone: Backbone, delta: Delta, verbalizer: Any, plans: Sequence[Plan] = PLANS, **options: Any
+) -> tuple[list[tuple[Run, dict[str, Tensor], Tensor]], list[tuple[Run, dict[str, Tensor], Tensor]]]:
+    """What each plan comes to in one pass with the others, and alone."""
+    model = made(backbone, delta, verbalizer, [plan.seed for plan in plans])
+    runs = fit_many(model, plans, **options)
+    joint = [(run, clone(model, slot), said(model, slot)) for slot, run in enumerate(runs)]
+    model.adapted.remove()
+    alone = []
+    for plan in plans:
+        model = made(backbone, delta, verbalizer, [plan.seed])
+        run = fit(model, plan.train, plan.dev, training=plan.training, seed=plan.seed)
+        alone.append((run, clone(model), said(model, 0)))
+        model.adapted.remove()
+    return joint, alone
+
+
+def clone(model: Model, slot: int = 0) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.stored(slot).items()}
+
+
+def check(joint: Any, alone: Any, tolerance: float) -> None:
+    for (one, learned, says), (other, expected, says_alone) in zip(joint, alone, strict=True):
+        assert (one.steps, one.best_step, one.stopped, one.trainable) == (
+            other.steps,
+            other.best_step,
+            other.stopped,
+            other.trainable,
+        )
+        assert told(one) == pytest.approx(told(other), abs=max(tolerance, 1e-6), rel=tolerance)
+        torch.testing.assert_close(says, says_alone, atol=max(tolerance, 1e-6), rtol=0)
+        assert learned.keys() == expected.keys()
+        if tolerance < 1e-6:
+            for name, tensor in learned.items():
+                torch.testing.assert_close(tensor, expected[name], atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("verbalizer", VERBALIZERS)
+@pytest.mark.parametrize("delta", DELTAS)
+def test_each_ends_as_it_would_alone(delta: str, verbalizer: str) -> None:
+    backbone = zoo.build("bert", torch.float64)
+    check(*both(backbone, DELTAS[delta], VERBALIZERS[verbalizer]), 1e-9)
+    check(*both(zoo.build("bert"), DELTAS[delta], VERBALIZERS[verbalizer], PLANS[:2]), 1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5", "bart", "bert-encoder"])
+def test_on_every_kind_of_backbone(family: str) -> None:
+    """Padded on the left, on the right, and on two sides."""
+    words = {"good": ("great",), "bad": ("terrible",)}
+    verbalizer = Prototypes() if family == "bert-encoder" else LabelWords(words)
+    check(
+        *both(zoo.build(family, torch.float64), LoRA(rank=2, dropout=0.3, at=("attn.*", "cross.*|attn.q")), verbalizer),
+        1e-9,
+    )
