@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from deltaprompt.errors import DeltaPromptError
     from deltaprompt.interchange import open_peft, save_peft
     from deltaprompt.model import Model, Task, adapt
+    from deltaprompt.model.many import Many, open_many
     from deltaprompt.model.saved import open_ as open
     from deltaprompt.trainer import Plan, Run, Training, fit, fit_many
     from deltaprompt.types import Example
@@ -40,6 +41,7 @@ __all__ = [
     "LabelDescriptions",
     "LabelWords",
     "LoRA",
+    "Many",
     "Model",
     "Plan",
     "PositionShift",
@@ -57,6 +59,7 @@ __all__ = [
     "fit_many",
     "load",
     "open",
+    "open_many",
     "open_peft",
     "read",
     "save_peft",
@@ -68,6 +71,7 @@ _WHERE = {
     "Example": "types",
     "LabelDescriptions": "verbalizers.label_descriptions",
     "LabelWords": "verbalizers.label_words",
+    "Many": "model.many",
     "Model": "model",
     "Plan": "trainer",
     "PositionShift": "deltas._position_shift",
@@ -82,6 +86,7 @@ _WHERE = {
     "fit_many": "trainer",
     "load": "backbone",
     "open": "model.saved",
+    "open_many": "model.many",
     "open_peft": "interchange",
     "read": "data",
     "save_peft": "interchange",

@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from pkgutil import iter_modules
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from deltaprompt.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 KINDS = ("deltas", "verbalizers")
 
@@ -47,18 +50,26 @@ def variant(kind: str, name: str) -> type[Any]:
 
 def build(kind: str, name: str, options: Mapping[str, Any]) -> Any:
     """A variant with these options; an unknown one is an error that names the nearest known, a bad value says why."""
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     cls = variant(kind, name)
     _check_options(kind, name, cls, options)
     try:
-        return TypeAdapter(cls).validate_python(dict(options))
+        return _adapter(cls).validate_python(dict(options))
     except ValidationError as e:
         first = e.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or name
         raise ConfigError(
             f"{kind.removesuffix('s')} {name!r}, option {where}: got {first['input']!r}: {first['msg']}"
         ) from e
+
+
+@cache
+def _adapter(cls: type[Any]) -> TypeAdapter[Any]:
+    """pydantic's reader of a variant, which costs more to make than to use."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(cls)
 
 
 def _check_options(kind: str, name: str, cls: type[Any], options: Mapping[str, Any]) -> None:

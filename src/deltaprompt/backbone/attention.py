@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -35,8 +35,9 @@ class KeyValueHook(Protocol):
     def key_value(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k', v' from k, v."""
 
-    def sees(self, rows: int) -> Tensor | None:
-        """Which rows [b] see the columns that it puts in front; None for all of them."""
+    @property
+    def rows(self) -> Tensor | None:
+        """The numbers of the rows [m] that see the columns that it puts in front; None for all of them."""
 
 
 def in_front(prefix: Tensor, t: Tensor) -> Tensor:
@@ -149,18 +150,15 @@ def attend(
 ) -> Any:
     """The attention that `base` names, on the keys and values that the site's hooks return."""
     mask, columns = attention_mask, k.shape[-2]
-    seen: list[tuple[int, Tensor | None]] = []  # columns that each hook put in front, and the rows that see them
+    added: list[tuple[int, Tensor | None]] = []  # columns that each hook put in front, and the rows that see them
     for hook in hooks_of(module):
         before = k.shape[-2]
         k, v = hook.key_value(k, v)
-        seen.append((k.shape[-2] - before, hook.sees(len(k))))
-    added = k.shape[-2] - columns
-    if added:
-        mask = _written_out(base, mask, module, q, columns, kw)
-        if mask is None and any(rows is not None for _, rows in seen):
-            mask = _open(base, q, columns)
-        for n, rows in seen:
-            mask = _widened(mask, n, rows)
+        added.append((k.shape[-2] - before, hook.rows))
+    if k.shape[-2] > columns:
+        mask = _widened(_written_out(base, mask, module, q, columns, kw), added, len(q))
+        if mask is None and any(rows is not None for _, rows in added):
+            mask = _widened(_open(base, q, columns), added, len(q))
         if kw.get("position_bias") is not None:
             kw["position_bias"] = _biased(module, kw["position_bias"], attention_mask, added)
     return _function(base, module)(module, q, k, v, mask, **kw)
@@ -194,16 +192,21 @@ def _open(base: str, q: Tensor, columns: int) -> Tensor:
     return q.new_zeros(shape) if base == "eager" else q.new_ones(shape, dtype=torch.bool)
 
 
-def _biased(module: nn.Module, bias: Tensor, mask: Tensor | None, added: int) -> Tensor:
-    """The position biases [1, heads, rows, columns] with `added` columns in front, at the distances that these have."""
+def _biased(module: nn.Module, bias: Tensor, mask: Tensor | None, added: Sequence[tuple[int, Tensor | None]]) -> Tensor:
+    """The position biases [1, heads, rows, columns] with the added columns in front, at the distances that these have.
+
+    To a row the columns that it does not see are not there: those of others that it sees stand next to its own.
+    """
     holder = vars(module).get(DISTANCES)
     if holder is None:
-        return functional.pad(bias, (added, 0))
+        return functional.pad(bias, (sum(n for n, _ in added), 0))
     rows, columns = bias.shape[-2:]
-    far = holder.compute_bias(
-        rows, added + columns, bias.device, past_seen_tokens=added + _in_front(mask, rows, columns)
-    )
-    return torch.cat([far[..., :added].to(bias.dtype), bias], dim=-1)
+    in_front = _in_front(mask, rows, columns)
+    for number, (n, seen) in enumerate(added):
+        behind = sum(other for other, by in added[:number] if by is seen)
+        far = holder.compute_bias(rows, behind + n + columns, bias.device, past_seen_tokens=behind + n + in_front)
+        bias = torch.cat([far[..., :n].to(bias.dtype), bias], dim=-1)
+    return bias
 
 
 def _in_front(mask: Tensor | None, rows: int, columns: int) -> int | Tensor:
@@ -217,14 +220,16 @@ def _in_front(mask: Tensor | None, rows: int, columns: int) -> int | Tensor:
     return (own * torch.arange(columns, device=own.device)).amax()
 
 
-def _widened(mask: Tensor | None, added: int, rows: Tensor | None) -> Tensor | None:
-    """The mask with `added` columns in front, open to these rows [b] of the batch, or to all."""
+def _widened(mask: Tensor | None, added: Sequence[tuple[int, Tensor | None]], batch: int) -> Tensor | None:
+    """The mask with the added columns in front, open to the rows of the batch that see them."""
     if mask is None:
         return None
-    if rows is None:
-        return functional.pad(mask, (added, 0), value=float(mask.dtype is torch.bool))
-    shape = (len(rows), *mask.shape[1:-1])
-    front = rows.view(-1, 1, 1, 1).expand(*shape, added)
-    if mask.is_floating_point():
-        front = torch.zeros_like(front, dtype=mask.dtype).masked_fill(~front, torch.finfo(mask.dtype).min)
-    return torch.cat([front, mask.expand(*shape, -1)], dim=-1)
+    for n, seen in added:
+        if seen is None:
+            mask = functional.pad(mask, (n, 0), value=float(mask.dtype is torch.bool))
+            continue
+        shape = (batch, *mask.shape[1:-1])
+        shut = torch.finfo(mask.dtype).min if mask.is_floating_point() else False
+        front = mask.new_full((*shape, n), shut).index_fill(0, seen, mask.dtype is torch.bool)
+        mask = torch.cat([front, mask.expand(*shape, -1)], dim=-1)
+    return mask

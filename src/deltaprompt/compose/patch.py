@@ -153,12 +153,10 @@ class Patch(Stack):
         wide = (functional.pad(t, (0, 0, added, 0)) for t in (k, v))
         return tuple(t.index_copy(0, rows, n) for t, n in zip(wide, new, strict=True))  # type: ignore[return-value]
 
-    def sees(self, rows: int) -> Tensor | None:
-        """Which of a batch's rows [b] see the columns that this puts in front; None for all of them."""
-        own = self.routing.rows
-        if own is None:
-            return None
-        return torch.zeros(rows, dtype=torch.bool, device=own.device).index_fill(0, own, True)
+    @property
+    def rows(self) -> Tensor | None:
+        """The rows of the batch that see the columns that this puts in front of keys and values; None for all."""
+        return self.routing.rows
 
     def _key_value(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         w, columns = self.weights(k.shape[0]), k.shape[-2]

@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -132,6 +132,17 @@ class Reparametrised(Computed):
     @abstractmethod
     def plain(self) -> Delta:
         """The delta whose tensors, at every site, are the computed ones."""
+
+
+class Padded:
+    """A delta that is also one of a larger width, zeros filling up its tensors: many widths share one stack."""
+
+    width: ClassVar[str]  # the option that may be larger
+    free: ClassVar[tuple[str, ...]] = ()  # further options that may differ between those of one stack
+
+    def as_wide(self, wide: Self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The tensors of a site by name such that `wide`, whose further rows or columns are zero, does the same."""
+        return tensors
 
 
 @dataclass(frozen=True)

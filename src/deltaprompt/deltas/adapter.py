@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from deltaprompt.backbone.sites import Site
-from deltaprompt.deltas._base import FED, MIXED, SIGMA, Activation, After, Delta, Taxonomy
+from deltaprompt.deltas._base import FED, MIXED, SIGMA, Activation, After, Delta, Padded, Taxonomy
 from deltaprompt.errors import ConfigError
 from deltaprompt.params import Param, Weights, kaiming, zeros
 
@@ -17,7 +17,7 @@ PLACES = {"houlsby": (MIXED, FED), "pfeiffer": (FED,)}
 
 
 @dataclass(frozen=True)
-class Adapter(Delta, After):
+class Adapter(Delta, After, Padded):
     """Bottleneck adapter: 2 · d · m + d + m parameters a site, before the residual connection.
 
     Args:
@@ -33,6 +33,7 @@ class Adapter(Delta, After):
     placement: Literal["houlsby", "pfeiffer"] = "houlsby"
     at: tuple[str, ...] = ()
     taxonomy: ClassVar[Taxonomy] = "addition"
+    width: ClassVar[str] = "bottleneck"
     acts_on: ClassVar[tuple[str, ...]] = ("linear", "ffn")
 
     def __post_init__(self) -> None:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from torch import Tensor
 
 from deltaprompt.backbone.sites import Site
-from deltaprompt.deltas._base import QUERIES, VALUES, After, Delta, Mergeable, Taxonomy
+from deltaprompt.deltas._base import QUERIES, VALUES, After, Delta, Mergeable, Padded, Taxonomy
 from deltaprompt.errors import ConfigError
 from deltaprompt.params import Param, Weights, kaiming, zeros
 
 
 @dataclass(frozen=True)
-class LoRA(Delta, After, Mergeable):
+class LoRA(Delta, After, Mergeable, Padded):
     """Low-rank adaptation: r · (in + out) parameters a linear map.
 
     Args:
@@ -35,6 +35,8 @@ class LoRA(Delta, After, Mergeable):
     at: tuple[str, ...] = (QUERIES, VALUES)
     freeze_a: bool = False
     taxonomy: ClassVar[Taxonomy] = "reparametrisation"
+    width: ClassVar[str] = "rank"
+    free: ClassVar[tuple[str, ...]] = ("alpha", "dropout", "rank_stabilised")
 
     def __post_init__(self) -> None:
         if self.rank < 1 or not 0.0 <= self.dropout < 1.0:
@@ -60,3 +62,6 @@ class LoRA(Delta, After, Mergeable):
 
     def merged(self, w: Weights, site: Site, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + self.scale * (w["b"] @ w["a"]), bias
+
+    def as_wide(self, wide: Self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return {**tensors, "b": tensors["b"] * (self.scale / wide.scale)}

@@ -9,13 +9,13 @@ from typing import ClassVar
 from torch import Tensor
 
 from deltaprompt.backbone.sites import Site
-from deltaprompt.deltas._base import SIGMA, Activation, After, Delta, Taxonomy
+from deltaprompt.deltas._base import SIGMA, Activation, After, Delta, Padded, Taxonomy
 from deltaprompt.errors import ConfigError
 from deltaprompt.params import Param, Weights, kaiming, zeros
 
 
 @dataclass(frozen=True)
-class ParallelAdapter(Delta, After):
+class ParallelAdapter(Delta, After, Padded):
     """Scaled parallel adapter: m · (in + out) + m + out parameters a site.
 
     It reads what enters the whole feed-forward block and adds to what leaves it. The defaults are the paper's for a
@@ -33,6 +33,7 @@ class ParallelAdapter(Delta, After):
     activation: Activation = "relu"
     at: tuple[str, ...] = ("ffn",)
     taxonomy: ClassVar[Taxonomy] = "addition"
+    width: ClassVar[str] = "bottleneck"
     acts_on: ClassVar[tuple[str, ...]] = ("ffn", "linear")
 
     def __post_init__(self) -> None:

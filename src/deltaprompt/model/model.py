@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from deltaprompt.backbone import Backbone
 from deltaprompt.backbone.continuation import prompted
-from deltaprompt.compose import Adapted, Index, Stack, carries_deltas, instances
+from deltaprompt.compose import Adapted, Index, Routing, Stack, carries_deltas, instances
 from deltaprompt.deltas._base import Delta, VirtualTokens
 from deltaprompt.deltas._position_shift import PositionShift
 from deltaprompt.deltas.soft_prompt import SoftPrompt
@@ -33,9 +33,16 @@ BARE = "{text}"
 class Scorer(Stack):
     """A verbalizer with its tensors: those that train, one slot per adaptation, and those that do not."""
 
-    def __init__(self, verbalizer: Verbalizer, setting: Setting, constants: Mapping[str, Tensor], of: Adapted) -> None:
-        like = next(of.model.parameters())
-        super().__init__(verbalizer.params(setting), of.slots, of.routing, like)
+    def __init__(
+        self,
+        verbalizer: Verbalizer,
+        setting: Setting,
+        constants: Mapping[str, Tensor],
+        slots: int,
+        routing: Routing,
+        like: Tensor,
+    ) -> None:
+        super().__init__(verbalizer.params(setting), slots, routing, like)
         self.verbalizer = verbalizer
         self.setting = setting
         self.constants = tuple(constants)
@@ -56,8 +63,9 @@ class Model(nn.Module):
         super().__init__()
         self.task = task
         self.backbone = backbone
+        self.once: Callable[[Batch], Tensor] | None = None  # while it trains: reads states, of which it keeps some
         verbalizer = task.settled(backbone)
-        self.features = _features(backbone, task, verbalizer, instances(deltas))
+        self.features = features_of(backbone, task, verbalizer, instances(deltas))
         setting = Setting(task.names, backbone.kind, backbone.width, self.features.answer_ids)
         constants = verbalizer.constants(setting)  # whatever is wrong is said before anything is attached
         if carries_deltas(backbone.model):
@@ -65,8 +73,9 @@ class Model(nn.Module):
                 "this backbone already carries another model's deltas, which would act here too; take them off it with "
                 "that model's .adapted.remove(), or load the backbone again"
             )
-        self.adapted = Adapted(backbone, _placed(deltas, self.features), len(seeds), seeds)
-        self.scorer = Scorer(verbalizer, setting, constants, self.adapted)
+        self.adapted = Adapted(backbone, placed(deltas, self.features), len(seeds), seeds)
+        like = next(backbone.model.parameters())
+        self.scorer = Scorer(verbalizer, setting, constants, len(seeds), self.adapted.routing, like)
         self.scorer.start(seeds)
         self._begin_soft_words()
         self.train(False)
@@ -90,21 +99,10 @@ class Model(nn.Module):
 
     def at_mask(self, batch: Batch, adaptation: Index = None) -> AtMask:
         """The states where the answer is read, and the head that scores words there."""
-        b, v = batch.answer_at.shape[0] // batch.variants, batch.variants
         self.adapted.route(adaptation)
-        with self.adapted.repeated(v):
-            prompt = None
-            if self.backbone.kind in ("causal", "seq2seq") and max(self.features.answer_lengths) > 1:
-                prompt = prompted(self.backbone, batch.inputs, self.adapted.repeated)
-            states = self.backbone.states(batch.inputs) if prompt is None else prompt.states  # [b*v, s, d]
-        rows = torch.arange(len(states), device=states.device)[:, None]
-        hidden = states[rows, batch.answer_at.clamp(min=0)]  # [b*v, m, d]
-        return AtMask(
-            hidden.unflatten(0, (b, v)),
-            (batch.answer_at >= 0).unflatten(0, (b, v)),
-            None if self.backbone.head is None else self.backbone.head.logits,
-            None if prompt is None else lambda ids, lengths: prompt.log_likelihood(hidden[:, 0], ids, lengths),
-        )
+        with self.adapted.repeated(batch.variants):
+            longest = max(self.features.answer_lengths)
+            return read(self.backbone, batch, self.adapted.repeated if longest > 1 else None, self.once)
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded]:
         """Examples as token ids."""
@@ -143,7 +141,7 @@ class Model(nn.Module):
         """The pooled states [n, d] of examples, in their order; the model is not training."""
         out = torch.zeros(len(examples), self.backbone.width, device=self.device)
         with evaluating(self):
-            for batch in features.batches(features.encode(_unlabelled(examples)), batch_size):
+            for batch in features.batches(features.encode(unlabelled(examples)), batch_size):
                 at = self.at_mask(batch.to(self.device), slot)
                 out[batch.index] = pooled(at).float()
         return out
@@ -154,13 +152,8 @@ class Model(nn.Module):
         """`{"label", "score", "scores"}` for each text: the likeliest label, its probability, and every label's."""
         if isinstance(examples, str | Mapping | Example):
             raise ConfigError("predict takes a list, and got one text; write predict([text])")
-        names = self.task.names
-        found = []
-        for p in self.probabilities([_example(e) for e in examples], batch_size, slot).tolist():
-            scores = dict(zip(names, p, strict=True))
-            label = max(scores, key=lambda name: scores[name])
-            found.append({"label": label, "score": scores[label], "scores": scores})
-        return found
+        found = self.probabilities([example_of(e) for e in examples], batch_size, slot)
+        return [answer(self.task.names, p) for p in found.tolist()]
 
     @torch.inference_mode()
     def probabilities(self, examples: Sequence[Example], batch_size: int = 32, slot: int = 0) -> Tensor:
@@ -171,7 +164,7 @@ class Model(nn.Module):
             )
         out = torch.zeros(len(examples), len(self.task.names))
         with evaluating(self):
-            for batch in self.features.batches(self.features.encode(_unlabelled(examples)), batch_size):
+            for batch in self.features.batches(self.features.encode(unlabelled(examples)), batch_size):
                 logits = self(batch.to(self.device), slot)["logits"]
                 out[batch.index] = logits.float().softmax(-1).cpu()
         return out
@@ -239,6 +232,43 @@ class Model(nn.Module):
             row += block.size
 
 
+def read(
+    backbone: Backbone,
+    batch: Batch,
+    repeated: Callable[[int], AbstractContextManager[None]] | None = None,
+    once: Callable[[Batch], Tensor] | None = None,
+) -> AtMask:
+    """The states of a batch where the answer is read.
+
+    Args:
+        backbone: with deltas that know of the batch's rows.
+        batch: b rows of v variants each.
+        repeated: where answers of several tokens are scored, what tells the deltas that rows are repeated.
+        once: what reads the states in place of the backbone, while those of frozen layers are kept.
+    """
+    b, v = batch.answer_at.shape[0] // batch.variants, batch.variants
+    prompt = None
+    if repeated is not None and backbone.kind in ("causal", "seq2seq"):
+        prompt = prompted(backbone, batch.inputs, repeated)
+    if once is not None and prompt is None:
+        hidden = once(batch)
+    else:
+        states = backbone.states(batch.inputs) if prompt is None else prompt.states
+        hidden = at_answers(states, batch.answer_at)
+    return AtMask(
+        hidden.unflatten(0, (b, v)),
+        (batch.answer_at >= 0).unflatten(0, (b, v)),
+        None if backbone.head is None else backbone.head.logits,
+        None if prompt is None else lambda ids, lengths: prompt.log_likelihood(hidden[:, 0], ids, lengths),
+    )
+
+
+def at_answers(states: Tensor, answer_at: Tensor) -> Tensor:
+    """The states [b*v, m, d] at the answer positions [b*v, m] of states [b*v, s, d]."""
+    rows = torch.arange(len(states), device=states.device)[:, None]
+    return states[rows, answer_at.clamp(min=0)]
+
+
 def adapt(backbone: Backbone, task: Task, deltas: Sequence[Delta] = (), seed: int = 0) -> Model:
     """A model for a task: the frozen backbone, its deltas in the order in which they act, and the task's verbalizer.
 
@@ -250,7 +280,7 @@ def adapt(backbone: Backbone, task: Task, deltas: Sequence[Delta] = (), seed: in
     return model
 
 
-def _features(backbone: Backbone, task: Task, verbalizer: Verbalizer, deltas: Sequence[Delta]) -> Features:
+def features_of(backbone: Backbone, task: Task, verbalizer: Verbalizer, deltas: Sequence[Delta]) -> Features:
     """The features of a task, with as many masks as the verbalizer's words need."""
     if len(task.names) < 2 or len(set(task.names)) < len(task.names):
         raise ConfigError(f"a task needs two labels or more, each once; got {list(task.names)}")
@@ -267,7 +297,8 @@ def _features(backbone: Backbone, task: Task, verbalizer: Verbalizer, deltas: Se
             f"{virtual} virtual tokens leave no room in the {task.max_length or limit} tokens of a text; take fewer"
         )
     config = backbone.config
-    sentinel = T5_SENTINEL if T5_SENTINEL in backbone.tokenizer.get_vocab() else None
+    two = backbone.kind == "seq2seq"
+    sentinel = T5_SENTINEL if two and T5_SENTINEL in backbone.tokenizer.get_vocab() else None
     features = Features(
         backbone.tokenizer,
         parse(task.template),
@@ -277,7 +308,7 @@ def _features(backbone: Backbone, task: Task, verbalizer: Verbalizer, deltas: Se
         soft_base=backbone.vocabulary,
         prepend_soft=virtual,
         decoder_start_id=config.get("decoder_start_token_id"),
-        sentinel=sentinel if backbone.kind == "seq2seq" else None,
+        sentinel=sentinel,
     )
     if not isinstance(verbalizer, Answers):
         return features
@@ -290,7 +321,7 @@ def _features(backbone: Backbone, task: Task, verbalizer: Verbalizer, deltas: Se
     return replace(features, answer_lengths=verbalizer.answer_lengths(setting))
 
 
-def _placed(deltas: Sequence[Delta], features: Features) -> list[Delta]:
+def placed(deltas: Sequence[Delta], features: Features) -> list[Delta]:
     """The deltas with soft prompts in their rows of virtual tokens, behind one for the template's own soft tokens."""
     first, placed = 0, list[Delta]()
     for delta in deltas:
@@ -314,13 +345,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _example(given: str | Mapping[str, str] | Example) -> Example:
+def answer(names: Sequence[str], probabilities: Sequence[float]) -> dict[str, Any]:
+    """The likeliest label, its probability, and every label's."""
+    scores = dict(zip(names, probabilities, strict=True))
+    label = max(scores, key=lambda name: scores[name])
+    return {"label": label, "score": scores[label], "scores": scores}
+
+
+def example_of(given: str | Mapping[str, str] | Example) -> Example:
     if isinstance(given, Example):
         return given
     return Example({"text": given} if isinstance(given, str) else given)
 
 
-def _unlabelled(examples: Iterable[Example]) -> list[Example]:
+def unlabelled(examples: Iterable[Example]) -> list[Example]:
     return [Example(e.fields) for e in examples]
 
 

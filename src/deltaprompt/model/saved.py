@@ -19,6 +19,7 @@ from deltaprompt.backbone import Backbone, load
 from deltaprompt.backbone.fingerprint import fingerprint
 from deltaprompt.backbone.load import DEMO
 from deltaprompt.compose import plain
+from deltaprompt.deltas._base import Delta
 from deltaprompt.errors import BackboneError, ConfigError, DeltaPromptError, StoreError
 from deltaprompt.model.model import Model
 from deltaprompt.model.task import Task
@@ -106,7 +107,7 @@ def open_(
     elif device is not None or dtype is not None:
         raise ConfigError("device and dtype are for a backbone that open loads itself; load yours with them")
     else:
-        _check(record, backbone, folder)
+        check(record, identity(backbone, record["template"]), folder)
     model = _rebuilt(record, backbone, folder)
     try:
         fill(model, saved)
@@ -207,7 +208,7 @@ def _loaded(
         raise StoreError(f"{folder} was made on the backbone in {name}, and that folder is gone; {mend}")
     try:
         backbone = load(name, kind=kind, device=device, dtype=stored["dtype"])
-        _check(record, backbone, folder)
+        check(record, identity(backbone, record["template"]), folder)
         if dtype is not None and _dtype(dtype) != stored["dtype"]:
             backbone = load(name, kind=kind, device=device, dtype=dtype)
     except BackboneError as e:
@@ -215,9 +216,9 @@ def _loaded(
     return backbone
 
 
-def _check(record: Mapping[str, Any], backbone: Backbone, folder: str | Path) -> None:
-    """An error unless the backbone is the one of the record, whatever its name."""
-    stored, found = record["backbone"], identity(backbone, record["template"])
+def check(record: Mapping[str, Any], found: Mapping[str, Any], folder: str | Path) -> None:
+    """An error unless the backbone that was found is the one of the record, whatever its name."""
+    stored = record["backbone"]
     for what, mend in ADVICE.items():
         if stored[what] != found[what]:
             raise StoreError(
@@ -234,12 +235,22 @@ def _told(backbone: Mapping[str, Any]) -> str:
 def _rebuilt(record: Mapping[str, Any], backbone: Backbone, folder: str | Path) -> Model:
     """The model of a record, its tensors as at the start of training."""
     try:
-        verbalizer = from_description("verbalizers", record["verbalizer"])
-        deltas = [from_description("deltas", delta) for delta in record["deltas"]]
-        task = Task(record["template"], record["labels"], verbalizer, record["max_length"])
+        task, deltas = asked_of(record)
         return Model(backbone, task, deltas)
     except DeltaPromptError as e:
-        raise StoreError(
-            f"{folder}, saved by DeltaPrompt {record['deltaprompt']}, cannot be made a model again by DeltaPrompt "
-            f"{version()}: {e}"
-        ) from e
+        raise not_made(record, folder, e) from e
+
+
+def asked_of(record: Mapping[str, Any]) -> tuple[Task, list[Delta]]:
+    """The task and the deltas of a record."""
+    verbalizer = from_description("verbalizers", record["verbalizer"])
+    deltas = [from_description("deltas", delta) for delta in record["deltas"]]
+    return Task(record["template"], record["labels"], verbalizer, record["max_length"]), deltas
+
+
+def not_made(record: Mapping[str, Any], folder: str | Path, why: DeltaPromptError) -> StoreError:
+    """The error for a record that is whole and that this version cannot make an adaptation of."""
+    return StoreError(
+        f"{folder}, saved by DeltaPrompt {record['deltaprompt']}, cannot be made a model again by DeltaPrompt "
+        f"{version()}: {why}"
+    )

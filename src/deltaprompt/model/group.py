@@ -1,0 +1,126 @@
+"""Adaptations with the same deltas, of whatever width: one stack of tensors, a slot each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from deltaprompt.backbone import Backbone
+from deltaprompt.compose import Adapted
+from deltaprompt.deltas._base import Delta, Padded
+from deltaprompt.errors import StoreError
+from deltaprompt.registry import describe
+
+SPARE = 4  # a full group grows by one in so many of its slots
+
+
+def sort_of(deltas: Sequence[Delta]) -> str:
+    """What adaptations of one group have in common: their deltas, but for the options that may differ there."""
+    return json.dumps([{n: v for n, v in describe("deltas", d).items() if n not in _free(d)} for d in deltas])
+
+
+def _free(delta: Delta) -> tuple[str, ...]:
+    return (delta.width, *delta.free) if isinstance(delta, Padded) else ()
+
+
+class Group:
+    """A stack of adaptations on a backbone, which rests but where a pass says which rows are whose."""
+
+    def __init__(self, backbone: Backbone, deltas: Sequence[Delta], slots: int) -> None:
+        self.deltas = tuple(deltas)
+        self.adapted = Adapted(backbone, deltas).eval()
+        self.adapted.routing.rest()
+        self.adapted.tell_layouts()
+        self._free = [0]
+        if slots > 1:
+            self._grow(slots - 1)
+        self.parts = dict(self.adapted.parts())
+
+    @classmethod
+    def of(cls, backbone: Backbone, wanted: Sequence[Sequence[Delta]], before: Group | None = None) -> Group:
+        """A group for these adaptations and those of a narrower one, as wide as the widest."""
+        sorts = [*wanted, before.deltas] if before is not None else wanted
+        deltas = [_widest([each[number] for each in sorts]) for number in range(len(sorts[0]))]
+        return cls(backbone, deltas, len(wanted) + (before.used if before is not None else 0))
+
+    @property
+    def used(self) -> int:
+        """Slots that hold an adaptation."""
+        return self.adapted.slots - len(self._free)
+
+    def holds(self, wanted: Sequence[Sequence[Delta]]) -> bool:
+        """Whether the group is as wide as all of these."""
+        return all(_width(own) >= _width(d) for each in wanted for own, d in zip(self.deltas, each, strict=True))
+
+    def make_room(self, slots: int) -> None:
+        """That many free slots, at least; a full group grows in proportion, so that one more is as cheap on average."""
+        if len(self._free) < slots:
+            self._grow(max(slots - len(self._free), self.adapted.slots // SPARE if slots == 1 else 0))
+
+    def _grow(self, slots: int) -> None:
+        first = self.adapted.slots
+        self.adapted.grow(slots)
+        self._free = [*range(first + slots - 1, first - 1, -1), *self._free]
+        self.parts = dict(self.adapted.parts())
+
+    @torch.no_grad()
+    def take(self, deltas: Sequence[Delta], saved: Mapping[str, Tensor]) -> int:
+        """Writes an adaptation's tensors into a free slot; which one that is."""
+        if saved.keys() != self.parts.keys():
+            odd = sorted(saved.keys() ^ self.parts.keys())
+            raise StoreError(f"the saved tensors are not those of its deltas ({odd[0]!r} and {len(odd) - 1} more)")
+        wide = self._as_wide(deltas, saved)
+        for name, tensor in wide.items():
+            if any(n > of for n, of in zip(tensor.shape, self.parts[name].shape[1:], strict=True)):
+                raise StoreError(f"the saved tensor {name!r} has shape {list(tensor.shape)}, which does not fit")
+        slot = self._free.pop()
+        for name, tensor in wide.items():
+            place = self.parts[name][slot]
+            if place.shape == tensor.shape:
+                place.copy_(tensor)
+            else:
+                short = [of - n for n, of in zip(tensor.shape, place.shape, strict=True)]
+                place.copy_(functional.pad(tensor, [side for n in reversed(short) for side in (0, n)]))
+        return slot
+
+    def _as_wide(self, deltas: Sequence[Delta], saved: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The tensors as the group's own, wider deltas need them."""
+        found = dict(saved)
+        for number, (own, wide) in enumerate(zip(deltas, self.deltas, strict=True)):
+            if own == wide or not isinstance(own, Padded):
+                continue
+            for site in {name.rpartition(".")[0] for name in saved if name.startswith(f"{number}.")}:
+                tensors = {name.rpartition(".")[2]: t for name, t in saved.items() if name.rpartition(".")[0] == site}
+                found |= {f"{site}.{n}": t for n, t in own.as_wide(cast(Any, wide), tensors).items()}
+        return found
+
+    def take_over(self, other: Group, slot: int) -> int:
+        """An adaptation of a narrower group comes here; its slot."""
+        return self.take(other.deltas, {name: t[slot] for name, t in other.parts.items()})
+
+    @torch.no_grad()
+    def give_back(self, slot: int) -> None:
+        """A slot is free again, and empty."""
+        for tensor in self.parts.values():
+            tensor[slot].zero_()
+        self._free.append(slot)
+
+    def remove(self) -> None:
+        """Takes the group's deltas off the backbone."""
+        self.adapted.remove()
+
+
+def _width(delta: Delta) -> int:
+    return int(vars(delta)[delta.width]) if isinstance(delta, Padded) else 0
+
+
+def _widest(deltas: Sequence[Delta]) -> Delta:
+    """The widest of deltas of one sort, without what only training asks for."""
+    widest = max(deltas, key=_width)
+    return replace(widest, dropout=0.0) if "dropout" in _free(widest) else widest  # type: ignore[call-arg]

@@ -1,0 +1,335 @@
+"""`open_many`: any number of saved adaptations on one backbone, each row of a batch with its own.
+
+Adaptations with the same deltas, of whatever width, share one stack of tensors and one patch a site: there are as many
+patches as sorts of adaptations, not as adaptations, and one more is a slot that is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltaprompt import store
+from deltaprompt.backbone import Backbone
+from deltaprompt.compose import Routing, carries_deltas
+from deltaprompt.errors import ConfigError, DeltaPromptError, SiteError, StoreError, nearest
+from deltaprompt.features import Encoded, Features
+from deltaprompt.features.batching import bucketed
+from deltaprompt.model.group import Group, sort_of
+from deltaprompt.model.model import Scorer, answer, example_of, features_of, placed, read, unlabelled
+from deltaprompt.model.saved import asked_of, check, identity, not_made
+from deltaprompt.model.task import Task
+from deltaprompt.templates import parse
+from deltaprompt.types import AtMask, Example
+from deltaprompt.verbalizers._base import Setting
+
+VERBALIZER, DELTA = "verbalizer.", "delta."  # what the stored names of tensors begin with
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One adaptation: how its texts are read and scored, and where its deltas are."""
+
+    name: str
+    task: Task
+    features: Features
+    scorer: Scorer
+    group: Group | None  # none without deltas
+    slot: int
+
+    @property
+    def continues(self) -> bool:
+        """Whether it scores answers of several tokens one after another, for which its rows are run by themselves."""
+        return self.features.kind in ("causal", "seq2seq") and max(self.features.answer_lengths) > 1
+
+    def repeated(self, times: int) -> AbstractContextManager[None]:
+        """Within it every row stands for `times` rows that follow one another."""
+        return nullcontext() if self.group is None else self.group.adapted.repeated(times)
+
+
+class Many:
+    """Saved adaptations on one backbone, by name; they come and go while it predicts."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        if carries_deltas(backbone.model):
+            raise ConfigError(
+                "this backbone already carries a model's deltas, which would act here too; take them off it with that "
+                "model's .adapted.remove(), or load the backbone again"
+            )
+        self.backbone = backbone
+        self._entries: dict[str, Entry] = {}
+        self._groups: dict[str, Group] = {}  # by sort
+        self._identities: dict[bool, Mapping[str, Any]] = {}  # of the backbone, with a chat template and without
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adaptations, in the order in which they came."""
+        return tuple(self._entries)
+
+    def labels(self, name: str) -> tuple[str, ...]:
+        """The labels of an adaptation."""
+        return self._entry(name).task.names
+
+    def parameter_count(self) -> int:
+        """Numbers that are held for all adaptations, also where narrow ones are filled up and slots are free."""
+        scorers = sum(t.numel() for e in self._entries.values() for t in e.scorer.tensors.values())
+        return scorers + sum(t.numel() for group in self._groups.values() for t in group.parts.values())
+
+    # Coming and going
+
+    def add(self, folder: str | Path, name: str | None = None) -> str:
+        """Opens one more adaptation; its name, which is the folder's where none is given.
+
+        Raises:
+            StoreError: nothing is saved there, it is damaged, or it is not of this backbone. All else stays as it is.
+        """
+        return self._add({_name(folder) if name is None else name: folder})[0]
+
+    def drop(self, name: str) -> None:
+        """Forgets an adaptation; its place is the next one's."""
+        entry = self._entry(name)
+        del self._entries[name]
+        if entry.group is not None:
+            entry.group.give_back(entry.slot)
+            if not entry.group.used:
+                entry.group.remove()
+                self._groups = {sort: group for sort, group in self._groups.items() if group is not entry.group}
+
+    def remove(self) -> None:
+        """Forgets all; the backbone is bitwise what it was."""
+        for name in self.names:
+            self.drop(name)
+
+    def _add(self, folders: Mapping[str, str | Path]) -> list[str]:
+        """Opens adaptations by name: all records first, so that every group is made as large as it must be."""
+        made: dict[str, Entry] = {}
+        try:
+            planned = {name: self._planned(name, folder) for name, folder in folders.items()}
+            for sort in dict.fromkeys(plan.sort for plan in planned.values() if plan.deltas):
+                self._make_room(sort, [plan.deltas for plan in planned.values() if plan.sort == sort])
+            for name, plan in planned.items():
+                made[name] = plan.entry(self._groups.get(plan.sort) if plan.deltas else None)
+        except BaseException:
+            for entry in made.values():
+                if entry.group is not None:
+                    entry.group.give_back(entry.slot)
+            for sort, group in list(self._groups.items()):
+                if not group.used:
+                    self._groups.pop(sort).remove()
+            raise
+        self._entries |= made
+        return list(made)
+
+    def _planned(self, name: str, folder: str | Path) -> Plan:
+        if name in self._entries:
+            raise ConfigError(f"there is already an adaptation {name!r}; give {folder} another name, or drop that one")
+        record = store.describe(folder)
+        chat = parse(record["template"]).is_chat
+        if chat not in self._identities:
+            self._identities[chat] = identity(self.backbone, record["template"])
+        check(record, self._identities[chat], folder)
+        try:
+            return Plan.of(name, folder, record, self.backbone)
+        except DeltaPromptError as e:
+            raise not_made(record, folder, e) from e
+
+    def _make_room(self, sort: str, wanted: Sequence[Sequence[Any]]) -> None:
+        group = self._groups.get(sort)
+        if group is not None and group.holds(wanted):
+            group.make_room(len(wanted))
+            return
+        self._groups[sort] = Group.of(self.backbone, wanted, group)
+        for name, entry in self._entries.items():
+            if group is not None and entry.group is group:
+                slot = self._groups[sort].take_over(group, entry.slot)
+                self._entries[name] = Entry(name, entry.task, entry.features, entry.scorer, self._groups[sort], slot)
+        if group is not None:
+            group.remove()
+
+    # Answers
+
+    def predict(
+        self,
+        examples: Sequence[str | Mapping[str, str] | Example],
+        adaptation: str | Sequence[str],
+        batch_size: int = 32,
+    ) -> list[dict[str, Any]]:
+        """`{"label", "score", "scores"}` for each text, by its own adaptation.
+
+        Args:
+            examples: texts, or rows with the fields that their adaptation's template names.
+            adaptation: one name for all, or one a text.
+            batch_size: rows in one pass through the backbone, whatever their adaptations.
+        """
+        if isinstance(examples, str | Mapping | Example):
+            raise ConfigError("predict takes a list, and got one text; write predict([text], ...)")
+        names = [adaptation] * len(examples) if isinstance(adaptation, str) else list(adaptation)
+        if len(names) != len(examples):
+            raise ConfigError(f"{len(names)} adaptations for {len(examples)} texts; name one for all, or one a text")
+        entries = [self._entry(name) for name in names]
+        found = self._probabilities(entries, [example_of(e) for e in examples], batch_size)
+        return [answer(e.task.names, p.tolist()) for e, p in zip(entries, found, strict=True)]
+
+    @torch.inference_mode()
+    def _probabilities(self, entries: Sequence[Entry], examples: Sequence[Example], batch_size: int) -> list[Tensor]:
+        """Each row's class probabilities [c]."""
+        rows = _encoded(entries, unlabelled(examples))
+        found: dict[int, Tensor] = {}
+        for part in _parts(entries, rows, batch_size):
+            try:
+                found |= self._scored(entries, rows, part)
+            except SiteError:  # experts, for one, see tokens of all rows in an order of their own
+                for _, own in _by_entry([entries[i] for i in part]):
+                    found |= self._scored(entries, rows, [part[i] for i in own])
+        return [found[i] for i in range(len(rows))]
+
+    def _scored(self, entries: Sequence[Entry], rows: Sequence[Encoded], part: Sequence[int]) -> dict[int, Tensor]:
+        """The probabilities of some rows, run in one pass."""
+        batch = entries[part[0]].features.collate([rows[i] for i in part]).to(self._device)
+        of, found = [entries[i] for i in part], dict[int, Tensor]()
+        one = of[0] if len({id(entry) for entry in of}) == 1 else None
+        with self._alone(one) if one is not None else self._mixed(of, batch.variants):
+            at = read(self.backbone, batch, one.repeated if one is not None and one.continues else None)
+            for entry, own in _by_entry(of):
+                each = entry.scorer(_of_rows(at, own)).float().softmax(-1).cpu()
+                found |= zip([part[i] for i in own], each, strict=True)
+        return found
+
+    def _alone(self, entry: Entry) -> AbstractContextManager[None]:
+        """Within it all rows are of one adaptation."""
+        return nullcontext() if entry.group is None else entry.group.adapted.routing.at(entry.slot)
+
+    @contextmanager
+    def _mixed(self, entries: Sequence[Entry], variants: int) -> Iterator[None]:
+        """Within it the rows of a batch have an adaptation each; a group without rows rests."""
+        groups = {id(e.group): e.group for e in entries if e.group is not None}
+        try:
+            for key, group in groups.items():
+                rows = [i for i, e in enumerate(entries) if id(e.group) == key]
+                each = torch.tensor([i * variants + j for i in rows for j in range(variants)], device=self._device)
+                slots = torch.tensor([entries[i].slot for i in rows for _ in range(variants)], device=self._device)
+                group.adapted.routing.among(len(entries) * variants, each, slots)
+            yield
+        finally:
+            for group in groups.values():
+                group.adapted.routing.rest()
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.backbone.model.parameters()).device
+
+    def _entry(self, name: str) -> Entry:
+        if name not in self._entries:
+            raise ConfigError(f"there is no adaptation {name!r}{nearest(name, self.names)}")
+        return self._entries[name]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An adaptation whose record is read and found good, and whose tensors are not read yet."""
+
+    name: str
+    folder: str | Path
+    task: Task
+    features: Features
+    scorer: Scorer
+    deltas: Sequence[Any]
+    sort: str
+
+    @classmethod
+    def of(cls, name: str, folder: str | Path, record: Mapping[str, Any], backbone: Backbone) -> Plan:
+        """What a record asks for."""
+        task, deltas = asked_of(record)
+        verbalizer = task.settled(backbone)
+        features = features_of(backbone, task, verbalizer, deltas)
+        setting = Setting(task.names, backbone.kind, backbone.width, features.answer_ids)
+        like = next(backbone.model.parameters())
+        scorer = Scorer(verbalizer, setting, verbalizer.constants(setting), 1, Routing(), like).eval()
+        all_deltas = placed(deltas, features)
+        return cls(name, folder, task, features, scorer, all_deltas, sort_of(all_deltas))
+
+    @torch.no_grad()
+    def entry(self, group: Group | None) -> Entry:
+        """The adaptation, its tensors read and written where they belong."""
+        _, saved = store.read(self.folder)
+        own = {n.removeprefix(VERBALIZER): t for n, t in saved.items() if n.startswith(VERBALIZER)}
+        deltas = {n.removeprefix(DELTA): t for n, t in saved.items() if n.startswith(DELTA)}
+        try:
+            if {n: t.shape for n, t in own.items()} != {n: t[0].shape for n, t in self.scorer.tensors.items()}:
+                raise StoreError("the saved tensors of the verbalizer are not those that it has")
+            for name, tensor in own.items():
+                self.scorer.tensors[name][0].copy_(tensor)
+            slot = 0 if group is None else group.take(self.deltas, deltas)
+        except StoreError as e:
+            raise StoreError(f"{self.folder}: {e}") from e
+        return Entry(self.name, self.task, self.features, self.scorer, group, slot)
+
+
+def open_many(folders: Iterable[str | Path] | Mapping[str, str | Path], backbone: Backbone) -> Many:
+    """Saved adaptations, of whatever methods, widths, templates, verbalizers and labels, on one backbone.
+
+    Args:
+        folders: of adaptations; each goes by its folder's name, or by the name that a mapping gives it.
+        backbone: the one that they were made for.
+
+    Raises:
+        StoreError: one of them is missing, damaged or of another backbone; then none is opened.
+    """
+    if isinstance(folders, str | Path):
+        raise ConfigError(f"open_many takes a list of folders, and got one; write open_many([{str(folders)!r}], ...)")
+    many = Many(backbone)
+    named = dict(folders) if isinstance(folders, Mapping) else _named(list(folders))
+    many._add(named)
+    return many
+
+
+def _named(folders: Sequence[str | Path]) -> dict[str, str | Path]:
+    named = {_name(folder): folder for folder in folders}
+    if len(named) < len(folders):
+        names = [_name(folder) for folder in folders]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ConfigError(f"two folders are called {twice!r}; give a mapping of names to folders")
+    return named
+
+
+def _name(folder: str | Path) -> str:
+    return Path(folder).resolve().name
+
+
+def _encoded(entries: Sequence[Entry], examples: Sequence[Example]) -> list[Encoded]:
+    """The rows as token ids, each as its adaptation's template has it."""
+    rows: dict[int, Encoded] = {}
+    for entry, numbers in _by_entry(entries):
+        rows |= zip(numbers, entry.features.encode([examples[i] for i in numbers]), strict=True)
+    return [rows[i] for i in range(len(entries))]
+
+
+def _by_entry(entries: Sequence[Entry]) -> Iterable[tuple[Entry, list[int]]]:
+    """Each adaptation and the numbers of its rows."""
+    numbers: dict[int, list[int]] = {}
+    for i, entry in enumerate(entries):
+        numbers.setdefault(id(entry), []).append(i)
+    return [(entries[rows[0]], rows) for rows in numbers.values()]
+
+
+def _parts(entries: Sequence[Entry], rows: Sequence[Encoded], batch_size: int) -> Iterable[list[int]]:
+    """Batches of rows that can be run together, of about one length."""
+    together: dict[tuple[int, int], list[int]] = {}
+    for i, (entry, row) in enumerate(zip(entries, rows, strict=True)):
+        together.setdefault((len(row.variants), id(entry) if entry.continues else 0), []).append(i)
+    for numbers in together.values():
+        for part in bucketed([rows[i].length for i in numbers], batch_size):
+            yield [numbers[i] for i in part]
+
+
+def _of_rows(at: AtMask, rows: Sequence[int]) -> AtMask:
+    """What is read of some rows; a batch whose answers go on is of one adaptation, and all of it."""
+    if len(rows) == len(at.hidden):
+        return at
+    return AtMask(at.hidden[rows], at.present[rows], at.logits, None)
