@@ -158,6 +158,28 @@ def test_layers_in_evaluation_mode_are_computed_again_without_dropout(family):
     assert not backbone.model.is_activation_checkpointing
 
 
+def test_the_last_layers_are_not_computed_again():
+    adapted = adapted_to("bert", "lora")
+    inputs = zoo.inputs_of(adapted.backbone)
+    calls = [Calls(adapted.model.get_submodule(f"bert.encoder.layer.{n}.attention.self.query")) for n in (0, 1)]
+    seen = []
+    for share in (0.1, 0.5, 0.75, 1.0):
+        adapted.checkpointing(share=share)
+        learned(adapted, inputs, (0,))
+        seen.append([each.count for each in calls])
+        for each in calls:
+            each.count = 0
+    assert seen == [[2, 1], [2, 1], [2, 1], [2, 2]]
+    adapted.checkpointing(False)
+    assert not any(layer.gradient_checkpointing for layer in layers_of(adapted.model))
+
+
+@pytest.mark.parametrize("share", [0.0, 1.5, -1.0])
+def test_a_share_that_is_none(share):
+    with pytest.raises(ConfigError, match="above 0 and up to 1 is possible"):
+        adapted_to("bert", "lora").checkpointing(share=share)
+
+
 WORDS = {"good": ("great",), "bad": ("terrible",)}
 TEXTS = {"good": ["a great movie", "a good film"], "bad": ["a bad film", "terrible plot"]}
 ROWS = [Example({"text": text}, label) for label, texts in TEXTS.items() for text in texts]
@@ -169,10 +191,11 @@ def test_fit_gives_the_same_numbers_with_checkpointing(name, dropout):
     for on in (False, True):
         backbone = zoo.build("qwen2")
         model = adapt(backbone, Task("{text} It was {mask}.", WORDS, SoftVerbalizer()), [made(name)])
-        calls.append(Calls(backbone.model.get_submodule(backbone.sites["layers.1.attn.v"].path)))
-        training = Training(steps=2, learning_rate=1e-2, checkpointing=on, backbone_dropout=dropout)
+        calls.append(Calls(backbone.model.get_submodule(backbone.sites["layers.0.attn.v"].path)))
+        training = Training(steps=2, learning_rate=1e-2, checkpointing=on, backbone_dropout=dropout, keep=False)
         fit(model, ROWS, training=training)
         assert not backbone.model.is_activation_checkpointing
         found.append({n: p.detach() for n, p in model.parts()})
     same(found[1], found[0], atol=0)
-    assert [each.count for each in calls] == [2, 4]
+    within = any(patch.site.name.startswith(("embed", "layers.0.")) for patch in model.adapted.patches)
+    assert [each.count for each in calls] == [2, 4 if within else 2]  # a layer with no delta in it has nothing to keep

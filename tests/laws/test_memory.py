@@ -81,7 +81,7 @@ def test_what_is_kept_is_predicted(name, family):
         assert told.recomputed is None  # these cannot compute their layers again
         return
     assert told.recomputed == pytest.approx(measured(backbone, made(name), True), rel=0.02)
-    assert told.recomputed < 0.5 * told.kept
+    assert told.recomputed < 0.8 * told.kept  # here of two layers one is computed again
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

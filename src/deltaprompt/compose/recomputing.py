@@ -21,6 +21,7 @@ from deltaprompt.errors import ConfigError
 
 FUNCTION = "_gradient_checkpointing_func"  # the name that transformers gives it, on a layer
 AGAIN = partial(checkpoint, use_reentrant=False)
+SHARE = 0.75  # of the layers: on BERT base 0.30 × the bytes in 1.36 × the time; of all, 0.07 × in 1.48 × (benchmarks)
 
 
 class Recomputing:
@@ -74,6 +75,12 @@ class Around:
     def _reentrant(self) -> bool:
         """Whether PyTorch's older form may be asked for, which gives no gradient where no input has one."""
         return not isinstance(self.function, partial) or self.function.keywords.get("use_reentrant") is not False
+
+
+def rest(layers: Sequence[Any], share: float) -> None:
+    """Of layers that are computed again, the last ones keep what they have; the first never does."""
+    for layer in layers[max(1, int(share * len(layers))) :]:
+        layer.gradient_checkpointing = False
 
 
 def has_own_backward(model: nn.Module) -> bool:

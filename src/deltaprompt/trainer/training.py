@@ -34,8 +34,8 @@ class Training:
         precision: "bf16" or "fp16" for mixed precision; "fp16" needs a GPU.
         patience: evaluations on dev without a better one before training stops; None for never.
         backbone_dropout: the frozen backbone's own dropout while training; off was better in few-shot trials.
-        checkpointing: the backward pass computes the backbone's layers again instead of keeping what they had: less
-            memory, about a third more time, the same numbers.
+        checkpointing: the backward pass computes three quarters of the backbone's layers again instead of keeping what
+            they had: less memory, about a third more time, the same numbers.
         keep: what the layers below the lowest delta make of a text is computed once and kept, in memory and then on the
             disk; the same numbers up to rounding.
         checkpoint_every: optimizer steps between checkpoints on disk; every epoch where not given.
