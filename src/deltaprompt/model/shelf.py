@@ -20,11 +20,11 @@ class Shelf:
     """Tensors on the CPU by key; what fits neither in memory nor on the disk is not kept.
 
     Args:
-        memory: bytes that are kept in memory.
+        memory: bytes that are kept in memory at most; MEMORY where not given.
     """
 
-    def __init__(self, memory: int = MEMORY) -> None:
-        self.memory = memory
+    def __init__(self, memory: int | None = None) -> None:
+        self.memory = MEMORY if memory is None else memory
         self.used = 0  # bytes in memory
         self.written = 0  # bytes in the file
         self._near: dict[bytes, Tensor] = {}
