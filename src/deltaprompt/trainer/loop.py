@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -23,12 +22,11 @@ from deltaprompt.trainer.checkpoint import Checkpoints, hold_back_weights
 from deltaprompt.trainer.course import Course
 from deltaprompt.trainer.measure import measured
 from deltaprompt.trainer.order import draw_from
+from deltaprompt.trainer.passes import ENOUGH, Pass, by_length, common
 from deltaprompt.trainer.progress import Progress
 from deltaprompt.trainer.run import Metrics, Run
 from deltaprompt.trainer.streams import Shares, Streams
 from deltaprompt.types import Batch
-
-Picked = Sequence[tuple[int, list[Encoded], float]]  # of a pass: the course's number, its rows, their share of its loss
 
 
 class Loop:
@@ -43,6 +41,7 @@ class Loop:
         self.model = model
         self.courses = courses
         self.several = len(courses) > 1
+        self.draws = any(vars(delta).get("dropout") for delta in model.adapted.deltas)
         self.training = courses[0].training  # whose precision is that of all
         self.checkpoints = checkpoints
         self.shown = shown
@@ -120,7 +119,7 @@ class Loop:
         """One optimizer step of each; a course's loss is the mean over its rows, however they make batches."""
         device, passes = self.accelerator.device, self._passes(running)
         seeds = [course.chance(self.accelerator.process_index) for course in running]
-        streams = Streams(seeds, device) if self.several else None
+        streams = Streams(seeds, device) if self.several and self.draws else None
         if streams is None:
             draw_from(seeds[0], device)
         for _, tensor in self.model.parts():
@@ -153,11 +152,13 @@ class Loop:
             return
         course.step(value)
 
-    def _passes(self, running: Sequence[Course]) -> list[Picked]:
-        """The batches of every course in the step to come: the first of each together, then the second of each, …"""
-        each = [list(self._shares(course.batches())) for course in running]
-        together = zip_longest(*each)
-        return [[(n, *share) for n, share in enumerate(shares) if share is not None] for shares in together]
+    def _passes(self, running: Sequence[Course]) -> list[Pass]:
+        """The passes of the step to come; of several courses whose deltas draw nothing, by length."""
+        passes = common([list(self._shares(course.batches())) for course in running])
+        if not self.several or self.draws:
+            return passes
+        enough = ENOUGH.get(self.accelerator.device.type, ENOUGH["cuda"])
+        return [part for whole in passes for part in by_length(whole, enough)]
 
     def _shares(self, batches: Sequence[list[Encoded]]) -> Iterator[tuple[list[Encoded], float]]:
         """This process's rows of every batch, and their share of the loss; where it has none, a row of no weight."""
@@ -166,14 +167,14 @@ class Loop:
             own = batch[a.process_index :: a.num_processes]
             yield own or batch[:1], len(own) * a.num_processes / rows
 
-    def _chance(self, streams: Streams | None, picked: Picked) -> AbstractContextManager[None]:
+    def _chance(self, streams: Streams | None, picked: Pass) -> AbstractContextManager[None]:
         """What dropout is drawn from in a pass."""
         if streams is None:
             return nullcontext()
         shares = Shares.of([rows for _, rows, _ in picked], self.model.features.kind == "causal")
         return streams.over([course for course, _, _ in picked], shares)
 
-    def _losses(self, running: Sequence[Course], picked: Picked) -> list[Tensor]:
+    def _losses(self, running: Sequence[Course], picked: Pass) -> list[Tensor]:
         """The mean loss of each course's rows, from one pass."""
         batch = self._collated([row for _, rows, _ in picked for row in rows])
         if not self.several:
