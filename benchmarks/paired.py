@@ -1,4 +1,4 @@
-"""Paired timing: competitors take turns within one process, so a machine's drift hits all of them alike."""
+"""Ours beside a peer's. What is timed takes turns within one process, so a machine's drift hits all of them alike."""
 
 from __future__ import annotations
 
@@ -10,14 +10,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Pair:
-    """A peer's time over ours, round by round: above 1 we are faster."""
+    """A peer's time (size) over ours, round by round: above 1 we are faster (smaller)."""
 
     name: str
-    ours: float  # median milliseconds
+    ours: float  # median
     peer: float
     ratio: float  # median of the rounds' ratios
     low: float
     high: float
+    unit: str = "ms"
+
+    @classmethod
+    def of_sizes(cls, name: str, ours: float, peer: float) -> Pair:
+        """Two sizes in MB, which are the same in every round."""
+        return cls(name, ours, peer, *[peer / ours] * 3, unit="MB")
 
     def as_json(self) -> dict[str, object]:
         """The entry of results.json."""
@@ -27,7 +33,7 @@ class Pair:
             "ratio": self.ratio,
             "low": self.low,
             "high": self.high,
-            "unit": "ms",
+            "unit": self.unit,
         }
 
 

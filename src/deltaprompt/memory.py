@@ -91,10 +91,10 @@ class Memory:
     kept: int  # what autograd keeps of the forward pass
     recomputed: int | None  # the same where layers are computed again (`checkpointing`); None: this model cannot
 
-    @property
-    def all(self) -> int:
-        """Everything, without checkpointing."""
-        return self.backbone + self.deltas + self.gradients + self.optimizer + self.kept
+    def total(self, again: bool = False) -> int:
+        """Everything; where `again`, with layers computed again, if the model can."""
+        kept = self.recomputed if again and self.recomputed is not None else self.kept
+        return self.backbone + self.deltas + self.gradients + self.optimizer + kept
 
 
 def predicted(backbone: Backbone, deltas: Sequence[Delta], rows: int, length: int) -> Memory:

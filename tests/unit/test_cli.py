@@ -422,7 +422,7 @@ def test_inspect_a_backbone(tiny):
     assert "layers.0-1  2 alike, each with" in shown
     assert "✓ +64" in shown  # rank · (in + out)
     assert "rank=2, alpha=16.0, dropout=0.0" in shown
-    assert "at=('attn.q', 'attn.v')): 4 sites, 256 parameters" in shown
+    assert "at=('attn.q', 'attn.v'), freeze_a=False): 4 sites, 256 parameters" in shown
     assert "soft_prompt" in shown
 
 
@@ -441,6 +441,30 @@ def test_inspect_tells_which_selector_misses(tiny):
     assert "✗ lora" in done.stdout
     assert "✓" in done.stdout  # what the other selector matches
     assert "selector 'attn.w' matches no site" in done.stderr
+
+
+def test_inspect_predicts_the_memory_of_a_step(tiny):
+    lora = ("--delta", "lora:rank=2,at=attn.q")
+    shown = succeeds("inspect", tiny, *lora, "--memory").stdout
+    assert "a training step on 16 rows of 128 tokens" not in shown  # the tiny model takes 64
+    assert "a training step on 16 rows of 64 tokens" in shown
+    assert "--checkpointing" in shown
+    found = last_json(succeeds("inspect", tiny, *lora, "--memory", "--batch-size", 3, "--length", 9, "--json"))
+    memory = found["memory"]
+    assert (memory["rows"], memory["length"]) == (3, 9)
+    assert memory["deltas"] == memory["gradients"] == 4 * found["placements"][0]["parameters"]
+    parts = ("backbone", "deltas", "gradients", "optimizer", "kept")
+    assert memory["total"] == sum(memory[part] for part in parts)
+    half = last_json(succeeds("inspect", tiny, *lora, "--memory", "--dtype", "bfloat16", "--json"))["memory"]
+    assert half["backbone"] < 0.6 * memory["backbone"]
+    assert "memory" not in last_json(succeeds("inspect", tiny, *lora, "--json"))
+
+
+def test_inspect_says_what_it_needs_to_predict_memory(tiny, adapted):
+    assert "give a backbone's NAME and --delta" in fails("inspect", tiny, "--memory")
+    assert "give a backbone's NAME and --delta" in fails("inspect", adapted, "--memory", "--delta", "lora")
+    assert "give --memory too" in fails("inspect", tiny, "--length", "8")
+    assert "1 to 64 tokens are possible" in fails("inspect", tiny, "--memory", "--delta", "lora", "--length", "65")
 
 
 def test_inspect_an_adaptation(adapted):

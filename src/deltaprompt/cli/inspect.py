@@ -12,9 +12,13 @@ import typer
 from deltaprompt.cli import console, options
 
 if TYPE_CHECKING:
+    from rich.table import Table
     from rich.tree import Tree
 
+    from deltaprompt.memory import Memory
     from deltaprompt.report import Anatomy, Group, Placement, SiteReport
+
+ROWS, LENGTH = 16, 128  # of a training step where not given; 16 is what `fit` takes
 
 
 def inspect(
@@ -26,15 +30,27 @@ def inspect(
         ),
     ],
     delta: options.Deltas = None,
+    memory: options.MemoryFlag = False,
+    batch_size: options.BatchSize = None,
+    length: options.Length = None,
+    dtype: options.Dtype = None,
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
     """Show a backbone's sites and what deltas cost there, or what a saved adaptation is."""
+    from deltaprompt.errors import ConfigError
     from deltaprompt.store import holds_adaptation
 
-    if holds_adaptation(what) or (Path(what) / "seeds.json").is_file():
+    saved = holds_adaptation(what) or (Path(what) / "seeds.json").is_file()
+    if memory and (saved or not delta):
+        raise ConfigError("--memory is of training deltas on a backbone: give a backbone's NAME and --delta")
+    if not memory and (batch_size is not None or length is not None):
+        raise ConfigError("--batch-size and --length are of a training step: give --memory too")
+    if saved:
         _adaptation(Path(what), as_json)
-    elif _backbone(what, delta or [], as_json):
+        return
+    step = (ROWS if batch_size is None else batch_size, length) if memory else None
+    if _backbone(what, delta or [], step, dtype or ("float32" if memory else "auto"), as_json):
         raise typer.Exit(console.WRONG_USE)
 
 
@@ -67,20 +83,28 @@ def _grow(tree: Tree, value: Mapping[str, Any]) -> None:
             tree.add(Text.assemble((f"{key}: ", "cyan"), shown))
 
 
-def _backbone(name: str, deltas: list[str], as_json: bool) -> bool:
-    """Prints a backbone; true where a delta cannot be attached."""
+def _backbone(name: str, deltas: list[str], step: tuple[int, int | None] | None, dtype: str, as_json: bool) -> bool:
+    """Prints a backbone, and the memory of a step of so many rows and tokens; true where a delta cannot be attached."""
     from deltaprompt.backbone import load
     from deltaprompt.cli.recipe import variant_of
+    from deltaprompt.memory import predicted
     from deltaprompt.registry import from_description
     from deltaprompt.report import anatomy
 
     chosen = [from_description("deltas", variant_of("deltas", text)) for text in deltas if text != "none"]
-    found = anatomy(load(name, device="cpu", dtype="auto"), chosen)
+    backbone = load(name, device="cpu", dtype=dtype)
+    found = anatomy(backbone, chosen)
+    problems = [placement.problem for placement in found.placements if placement.problem]
+    memory = None
+    if step and not problems:
+        memory = predicted(backbone, chosen, step[0], min(LENGTH, backbone.max_length) if step[1] is None else step[1])
     if as_json:
-        console.print_json(dataclasses.asdict(found))
+        told = {"memory": dataclasses.asdict(memory) | {"total": memory.total()}} if memory else {}
+        console.print_json(dataclasses.asdict(found) | told)
     else:
         _draw(found)
-    problems = [placement.problem for placement in found.placements if placement.problem]
+        if memory:
+            console.output().print(_step(memory))
     for problem in problems:
         console.note(problem, "bold red")
     return bool(problems)
@@ -105,6 +129,24 @@ def _draw(found: Anatomy) -> None:
     )
     for placement in found.placements:
         screen.print(_summary(placement), markup=False, soft_wrap=True)
+
+
+def _step(memory: Memory) -> Table:
+    """What a training step holds, with and without checkpointing."""
+    can = memory.recomputed is not None
+    again = memory.kept if memory.recomputed is None else memory.recomputed
+    held = {
+        "backbone": (memory.backbone,) * 2,
+        "deltas": (memory.deltas,) * 2,
+        "gradients": (memory.gradients,) * 2,
+        "optimizer (AdamW)": (memory.optimizer,) * 2,
+        "kept activations": (memory.kept, again),
+        "in all": (memory.total(), memory.total(again=True)),
+    }
+    wide = 2 if can else 1  # columns of bytes
+    columns = ("", "", "--checkpointing")[: 1 + wide]
+    title = f"a training step on {memory.rows} rows of {memory.length} tokens"
+    return console.table(columns, ([name, *map(console.size, sizes[:wide])] for name, sizes in held.items()), title)
 
 
 def _layers(group: Group) -> str:

@@ -15,6 +15,13 @@ def _option(*names: str, help: str, panel: str | None = None, metavar: str | Non
 DATA, TASK, MODEL, TRAINING, OUTPUT = "Data", "Task", "Backbone and deltas", "Training", "Output"
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=OUTPUT)]
+MemoryFlag = Annotated[
+    bool,
+    _option(
+        "--memory", help="What a training step with these deltas holds: weights to kept activations.", panel=OUTPUT
+    ),
+]
+Length = Annotated[int | None, _option("--length", help="Tokens of a text; default: 128.", panel=TRAINING, metavar="N")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.", rich_help_panel=OUTPUT)]
 
 Train = Annotated[

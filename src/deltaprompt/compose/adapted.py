@@ -272,8 +272,8 @@ class Adapted(nn.Module):
 
         Args:
             on: whether.
-            share: of the layers, from the first on. What the last ones keep is free again when the others need room
-                to be computed in, so that three quarters save nearly as much as all in less time; 1 for the least.
+            share: of the layers, from the lowest delta's on. What the last ones keep is free again when the others
+                need room to be computed in, so that three quarters save much in less time; 1 for the least memory.
         """
         if not 0.0 < share <= 1.0:
             raise ConfigError(f"layers to compute again: got a share of {share}; above 0 and up to 1 is possible")
@@ -285,7 +285,8 @@ class Adapted(nn.Module):
             )
         self.recomputing.always = on
         self.model._set_gradient_checkpointing(enable=on, gradient_checkpointing_func=AGAIN)
-        rest(list(layers_of(self.model)), share)
+        changed = [self.model.get_submodule(patch.site.path) for patch in self._placed()]
+        rest(list(layers_of(self.model)), changed, share)
 
     # Its tensors
 

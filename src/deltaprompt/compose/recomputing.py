@@ -7,7 +7,7 @@ ours around that function, whoever turned the switch on and whenever.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -77,9 +77,14 @@ class Around:
         return not isinstance(self.function, partial) or self.function.keywords.get("use_reentrant") is not False
 
 
-def rest(layers: Sequence[Any], share: float) -> None:
-    """Of layers that are computed again, the last ones keep what they have; the first never does."""
-    for layer in layers[max(1, int(share * len(layers))) :]:
+def rest(layers: Sequence[Any], changed: Iterable[nn.Module], share: float) -> None:
+    """From the lowest layer that deltas change, a share is computed again, and the last ones keep what they have.
+
+    Below it nothing is kept anyway. What is in no layer counts as below all of them.
+    """
+    within = [set(layer.modules()) for layer in layers]
+    lowest = min((next((n for n, inner in enumerate(within) if m in inner), 0) for m in changed), default=0)
+    for layer in layers[lowest + max(1, int(share * (len(layers) - lowest))) :]:
         layer.gradient_checkpointing = False
 
 
