@@ -192,7 +192,8 @@ def test_a_run_broken_off_leaves_no_file(bert: Backbone, tmp_path: Path, monkeyp
 
     with pytest.raises(KeyboardInterrupt):
         fit(model, TRAIN, DEV, training=EPOCHS, progress=Looks(broken=5))
-    assert closed and not any(closed)
+    assert closed
+    assert not any(closed)
     assert files[-1].closed
     assert model.once is None
     model.adapted.remove()
