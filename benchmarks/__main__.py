@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import delta_steps, memory, prompt_classification
+from benchmarks import delta_steps, kept_layers, memory, prompt_classification
 from benchmarks.paired import Pair
 
 
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few rounds, the small model only")
     quick = parser.parse_args().quick
     rounds = {"base": 2, "mini": 5} if quick else {"base": 9, "mini": 41}
-    pairs = [*prompt_classification.run(rounds), *delta_steps.run(rounds), *memory.run(rounds)]
+    pairs = [*prompt_classification.run(rounds), *delta_steps.run(rounds), *memory.run(rounds), *kept_layers.run(rounds)]
     show(pairs)
     out = Path(__file__).parent / "results.json"
     out.write_text(json.dumps({p.name: p.as_json() for p in pairs}, indent=1) + "\n")

@@ -17,7 +17,7 @@ from deltaprompt.verbalizers._base import Verbalizer
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "agnews" / "train.jsonl.gz"
 LABELS = ("World", "Sports", "Business", "Sci/Tech")
-SHOTS, EPOCHS, WORDS = 16, 10, 40
+SHOTS, EPOCHS, WORDS, ROUNDS = 16, 10, 40, 3
 TOP: tuple[Delta, ...] = (dp.LoRA(8, 16.0, at=("layers[4:].attn.*", "layers[4:].ffn.*")),)
 CASES: dict[str, tuple[Sequence[Delta], Verbalizer]] = {
     "deltas in the top 2 of 6 layers": (TOP, dp.Prototypes()),
@@ -69,7 +69,7 @@ def run(rounds: dict[str, int]) -> list[Pair]:
     pairs = []
     for case in CASES:
         runs, done = runs_of(case)
-        times = turns(runs, rounds["base"])
+        times = turns(runs, min(rounds["base"], ROUNDS))
         pairs.append(pair(f"{EPOCHS} epochs, {case}: kept against not kept", times["ours"], times["without"]))
         print(f"{case}: losses apart by at most {apart(done['ours'], done['without']):.1e}")
     return pairs
