@@ -34,7 +34,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few rounds, the small model only")
     quick = parser.parse_args().quick
     rounds = {"base": 2, "mini": 5} if quick else {"base": 9, "mini": 41}
-    pairs = [*prompt_classification.run(rounds), *delta_steps.run(rounds), *memory.run(rounds), *kept_layers.run(rounds)]
+    pairs = [
+        *prompt_classification.run(rounds),
+        *delta_steps.run(rounds),
+        *memory.run(rounds),
+        *kept_layers.run(rounds),
+    ]
     show(pairs)
     out = Path(__file__).parent / "results.json"
     out.write_text(json.dumps({p.name: p.as_json() for p in pairs}, indent=1) + "\n")
