@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import delta_steps, kept_layers, memory, prompt_classification
+from benchmarks import delta_steps, kept_layers, memory, prompt_classification, train_many
 from benchmarks.paired import Pair
 
 
@@ -39,6 +39,7 @@ def main() -> None:
         *delta_steps.run(rounds),
         *memory.run(rounds),
         *kept_layers.run(rounds),
+        *train_many.run(rounds),
     ]
     show(pairs)
     out = Path(__file__).parent / "results.json"

@@ -19,8 +19,13 @@ from deltaprompt.deltas.lora import LoRA
 from deltaprompt.deltas.prefix import Prefix
 from deltaprompt.deltas.reparametrised_prefix import ReparametrisedPrefix
 from deltaprompt.deltas.soft_prompt import SoftPrompt
+from deltaprompt.features import Encoded
+from deltaprompt.features.features import Row
 from deltaprompt.model import Model, Task
+from deltaprompt.params import Weights
 from deltaprompt.trainer import Plan, Run, Training, fit, fit_many
+from deltaprompt.trainer.passes import by_length
+from deltaprompt.trainer.streams import Shares, Streams
 from deltaprompt.types import Example
 from deltaprompt.verbalizers.label_words import LabelWords
 from deltaprompt.verbalizers.prototypes import Prototypes
@@ -126,3 +131,43 @@ def test_on_every_kind_of_backbone(family: str) -> None:
         *both(zoo.build(family, torch.float64), LoRA(rank=2, dropout=0.3, at=("attn.*", "cross.*|attn.q")), verbalizer),
         1e-9,
     )
+
+
+def test_on_what_frozen_layers_made_of_the_texts() -> None:
+    """Layers below the lowest delta run once a text, and dropout above them is drawn as alone."""
+    for dropout in (0.0, 0.4):
+        delta = LoRA(rank=2, dropout=dropout, at=("layers.1.attn.v",))
+        check(*both(zoo.build("bert", torch.float64), delta, SoftVerbalizer()), 1e-9)
+
+
+def test_dropout_is_drawn_as_alone() -> None:
+    """Shares that overlap a padded pass, on both sides; a layer that is computed again meets the same."""
+    features = made(zoo.build("bert"), BitFit(), SoftVerbalizer(), [0]).features
+    batches = [features.encode(ROWS[:3]), features.encode(ROWS[3:5])]
+    widths = [max(row.length for row in batch) for batch in batches]
+    x, cpu = torch.ones(5, max(widths), 7), torch.device("cpu")
+    for left in (False, True):
+        streams = Streams([11, 12], cpu)
+        with streams.over([0, 1], Shares.of(batches, left)):
+            state = torch.get_rng_state()
+            once = [Weights({}, True).dropped(x, 0.5) for _ in range(2)]
+            torch.set_rng_state(state)
+            again = [Weights({}, True).dropped(x, 0.5) for _ in range(2)]
+        assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+        for seed, rows, width in ((11, slice(0, 3), widths[0]), (12, slice(3, 5), widths[1])):
+            torch.manual_seed(seed)
+            for drawn in once:
+                own = drawn[rows, -width:] if left else drawn[rows, :width]
+                assert torch.equal(own, torch.dropout(torch.ones_like(own), 0.5, True))
+
+
+def test_rows_of_one_length_share_a_pass() -> None:
+    rows = [Encoded((Row(list(range(length)), [0]),), 0) for length in (3, 40, 9, 8, 41, 4, 39)]
+    whole = [(0, rows[:3], 1.0), (1, rows[3:], 0.5)]
+    passes = list(by_length(whole, 100))
+    assert [[row.length for _, own, _ in one for row in own] for one in passes] == [[40, 41, 39], [9, 3, 8, 4]]
+    for course, _, share in whole:
+        assert sum(s for one in passes for n, _, s in one if n == course) == pytest.approx(share)
+    assert list(by_length(whole, 10_000)) == [
+        [(0, [rows[1], rows[2], rows[0]], 1.0), (1, [rows[4], rows[6], rows[3], rows[5]], 0.5)]
+    ]

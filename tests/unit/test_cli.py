@@ -170,6 +170,8 @@ def test_several_seeds_and_the_best_of_them(tiny, reviews, tmp_path):
     assert len(told["test"]["accuracy"]["each"]) == 2
     shown = succeeds(*arguments, *SHORT, "--resume").stdout
     assert "mean ± std" in shown
+    apart = last_json(succeeds(*arguments, "--out", out.with_name("apart"), *SHORT, "--together", 1, "--json"))
+    assert apart["test"] == told["test"]
     done = succeeds("predict", out, "-", stdin="fine\n")
     assert "the best on dev" in done.stderr
     assert done.stdout.count("\n") == 1

@@ -21,13 +21,16 @@ def common(each: Sequence[Batches]) -> list[Pass]:
 
 
 def by_length(whole: Pass, enough: int) -> Iterator[Pass]:
-    """A pass in several, of rows of about one length: less padding, and each of them with `enough` tokens."""
+    """A pass in several, of rows of about one length: less padding, and each of them with `enough` tokens.
+
+    The last may have fewer, where taking its rows in before would add half as many tokens of padding.
+    """
     rows = [(row, n, share / len(own)) for n, own, share in whole for row in own]
     rows.sort(key=lambda one: -one[0].length)
     left, start = sum(row.length for row, _, _ in rows), 0
     while start < len(rows):
         longest, end, taken = rows[start][0].length, start, 0
-        while end < len(rows) and (taken < enough or left < enough // 2):
+        while end < len(rows) and (taken < enough or longest * (len(rows) - end) - left < enough // 2):
             taken, left, end = taken + longest, left - rows[end][0].length, end + 1
         yield _parts(rows[start:end])
         start = end
