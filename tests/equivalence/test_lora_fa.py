@@ -9,6 +9,7 @@ from deltaprompt.compose import Adapted, parameters_of, sites_of
 from deltaprompt.deltas.lora import LoRA
 from deltaprompt.interchange import open_peft, save_peft
 from deltaprompt.memory import kept
+from deltaprompt.model import Model
 from deltaprompt.types import Example
 from deltaprompt.verbalizers.soft import SoftVerbalizer
 from tests import backbones_zoo as zoo
@@ -79,10 +80,10 @@ def trained():
 
 
 def test_training_leaves_a_as_it_was(trained):
-    _, model, start, _ = trained
+    _, model, start, run = trained
     for name, tensor in model.parts():
         assert torch.equal(tensor, start[name]) == name.endswith(".a"), name
-    assert model.parameter_count() == sum(t.numel() for n, t in start.items() if not n.endswith(".a"))
+    assert run.trainable == sum(t.numel() for n, t in start.items() if not n.endswith(".a"))
 
 
 def test_it_is_the_same_when_it_is_opened(trained, tmp_path):
@@ -112,3 +113,17 @@ def test_as_a_folder_of_peft_it_is_an_ordinary_lora(tmp_path):
     again = open_peft(tmp_path, adapted.remove())
     assert_close(again.states(inputs), attached, rtol=0, atol=1e-6)
     assert all(tensor.requires_grad for _, tensor in again.parts())
+
+
+def test_several_train_at_once_as_each_alone():
+    task = dp.Task("{text} It was {mask}.", WORDS, SoftVerbalizer())
+    training = dp.Training(steps=2, learning_rate=0.05, weight_decay=0.5)
+    plans = [dp.Plan(ROWS, training=training, seed=seed) for seed in (1, 2)]
+    together = Model(zoo.build("bert", torch.float64), task, [LoRA(freeze_a=True)], (1, 2))
+    runs = dp.fit_many(together, plans)
+    for slot, plan in enumerate(plans):
+        alone = Model(zoo.build("bert", torch.float64), task, [LoRA(freeze_a=True)], (plan.seed,))
+        run = dp.fit(alone, ROWS, training=training, seed=plan.seed)
+        assert run.trainable == runs[slot].trainable == alone.parameter_count()
+        for (name, tensor), (_, both) in zip(alone.parts(), together.parts(), strict=True):
+            assert_close(tensor[0], both[slot], rtol=0, atol=1e-9, msg=name)

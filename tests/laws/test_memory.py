@@ -1,5 +1,7 @@
 """What autograd keeps, counted by hand and by `kept`; what a step will hold, predicted and then measured."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,8 @@ from deltaprompt.compose import Adapted
 from deltaprompt.deltas.lora import LoRA
 from deltaprompt.errors import ConfigError
 from deltaprompt.memory import held, kept, predicted
+from deltaprompt.model import Task, adapt
+from deltaprompt.types import Example
 from tests import backbones_zoo as zoo
 from tests.adapted_zoo import DELTAS, loss_of, made, same, snapshot
 
@@ -141,3 +145,20 @@ def test_a_model_that_looks_at_numbers_is_run_on_two_rows():
 def test_sizes_that_are_not_possible(rows, length):
     with pytest.raises(ConfigError, match=f"got {rows} rows of {length} tokens; 1 row or more and 1 to 64 tokens"):
         predicted(zoo.build("bert"), [made("lora")], rows, length)
+
+
+@pytest.mark.parametrize("delta", [LoRA(), LoRA(freeze_a=True), made("adapter"), made("soft_prompt")])
+def test_what_fit_keeps_is_predicted(delta):
+    """With the template, the verbalizer and the loss, which are not in the prediction."""
+    backbone = zoo.build("bert")
+    told = predicted(backbone, [delta], ROWS, 32)
+    model = adapt(backbone, Task("{text} {mask}", {"good": ("great",), "bad": ("terrible",)}), [delta])
+    lengths = {30: "good", 29: "bad", 28: "good", 9: "bad", 8: "good"}
+    texts = [Example({"text": "great " * words}, label) for words, label in lengths.items()]
+    model.features = replace(model.features, max_length=32)
+    batch = model.features.collate(model.encode(texts))
+    assert batch.inputs["input_ids"].shape == (ROWS, 32)
+    with at_rest(backbone.model), kept(model) as counted:
+        loss = model(batch)["loss"]
+        assert told.kept == pytest.approx(counted.bytes, rel=0.1)
+    loss.backward()

@@ -171,11 +171,11 @@ class Patch(Stack):
 
     def _before(self, w: Weights, site: Site, x: Tensor) -> Tensor:
         new = cast(Before, self.delta).before(w, site, x)
-        return torch.lerp(x, new, _gate(w, x)) if self.delta.gated else new
+        return _weighed(x, new, _gate(w, x)) if self.delta.gated else new
 
     def _after(self, w: Weights, site: Site, x: Tensor, y: Tensor) -> Tensor:
         new = cast(After, self.delta).after(w, site, x, y)
-        return torch.lerp(y, new, _gate(w, x)) if self.delta.gated else new
+        return _weighed(y, new, _gate(w, x)) if self.delta.gated else new
 
     def _mapped(self, maths: Callable[..., Tensor], module: nn.Module, *seen: Tensor) -> Tensor:
         """The maths on [b, s, size], in the delta's precision (in autocast's within it), returned as the last seen."""
@@ -248,6 +248,11 @@ def _led_by(first: Tensor, output: Any) -> Any:
     """What a module returns, a tuple, a named one or a list, with another first part."""
     parts = (first, *output[1:])
     return type(output)(parts) if type(output) in (tuple, list) else type(output)(*parts)
+
+
+def _weighed(y: Tensor, new: Tensor, gate: Tensor) -> Tensor:
+    """y + σ (y' − y), which keeps one tensor for the backward pass where torch.lerp keeps two."""
+    return y + gate * (new - y)
 
 
 def _gate(w: Weights, x: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ class Course:
 
     def result(self) -> Run:
         """What it came to."""
-        s, trainable = self.state, sum(tensor.numel() for tensor in self.parts.values())
+        s, trainable = self.state, self.model.parameter_count()
         return Run(s.step, self._epochs(), s.best_step, s.best, s.history, s.seconds, s.stopped or "done", trainable)
 
     def best_so_far(self) -> str:
