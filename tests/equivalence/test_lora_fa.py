@@ -127,3 +127,18 @@ def test_several_train_at_once_as_each_alone():
         assert run.trainable == runs[slot].trainable == alone.parameter_count()
         for (name, tensor), (_, both) in zip(alone.parts(), together.parts(), strict=True):
             assert_close(tensor[0], both[slot], rtol=0, atol=1e-9, msg=name)
+
+
+def test_it_is_served_beside_an_ordinary_lora(tmp_path):
+    task = dp.Task("{text} It was {mask}.", WORDS, SoftVerbalizer())
+    alone = {}
+    for name, delta in {"frozen": LoRA(4, freeze_a=True), "plain": LoRA(2)}.items():
+        model = Model(zoo.build("bert"), task, [delta])
+        shake(model.adapted)
+        model.save(tmp_path / name)
+        alone[name] = model.predict(["a great film"])[0]
+    many = dp.open_many([tmp_path / "frozen", tmp_path / "plain"], zoo.build("bert"))
+    found = many.predict(["a great film"] * 2, adaptation=["frozen", "plain"])
+    for one, name in zip(found, alone, strict=True):
+        assert one["score"] == pytest.approx(alone[name]["score"], abs=1e-6)
+        assert one["label"] == alone[name]["label"]

@@ -36,7 +36,7 @@ class LoRA(Delta, After, Mergeable, Padded):
     freeze_a: bool = False
     taxonomy: ClassVar[Taxonomy] = "reparametrisation"
     width: ClassVar[str] = "rank"
-    free: ClassVar[tuple[str, ...]] = ("alpha", "dropout", "rank_stabilised")
+    free: ClassVar[tuple[str, ...]] = ("alpha", "dropout", "rank_stabilised", "freeze_a")
 
     def __post_init__(self) -> None:
         if self.rank < 1 or not 0.0 <= self.dropout < 1.0:
