@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerFast
 
 import deltaprompt as dp
@@ -36,13 +37,11 @@ def by_peft(size: str) -> nn.Module:
         init_lora_weights=False,
         task_type="FEATURE_EXTRACTION",
     )
-    torch.manual_seed(0)
     return peft.get_peft_model(encoder(size), config).eval()
 
 
 def ours(size: str, theirs: nn.Module, frozen: bool = False) -> Adapted:
     """The encoder with our LoRA, of the same weights and the same A and B; in the modes of `fit`."""
-    torch.manual_seed(0)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(str(demo_folder()))
     backbone = wrap(encoder(size), tokenizer, kind="encoder", name="random")
     adapted = Adapted(backbone, [dp.LoRA(RANK, ALPHA, at=EVERY, freeze_a=frozen)])
@@ -106,6 +105,18 @@ def steps(adapted: Adapted, rounds: int) -> Pair:
     return pair("LoRA step on all linear maps, base, checkpointing: against none", times["on"], times["off"])
 
 
+def operations(adapted: Adapted) -> Pair:
+    """The operations of a step with checkpointing against those of one without, which no other process disturbs."""
+    found = {}
+    for on in (True, False):
+        adapted.checkpointing(on)
+        with FlopCounterMode(display=False) as counter:
+            loss_of(adapted).backward()
+        adapted.zero_grad()
+        found[on] = counter.get_total_flops() / 1e9
+    return Pair.of_sizes("LoRA step, base, checkpointing: operations, against none", found[True], found[False], "GFLOP")
+
+
 def run(rounds: dict[str, int]) -> list[Pair]:
     """All pairs."""
     size = "base"
@@ -125,7 +136,7 @@ def run(rounds: dict[str, int]) -> list[Pair]:
         check(adapted, theirs)
         adapted.checkpointing(False)
     pairs = [Pair.of_sizes(f"kept bytes, {name}: against peft's LoRA", mb, peer) for name, mb in found.items()]
-    pairs.append(steps(plain, rounds[size]))
+    pairs += [operations(plain), steps(plain, rounds[size])]
     told = predicted(plain.remove(), list(plain.deltas), BATCH, LENGTH).kept / 1e6
     return [*pairs, Pair.of_sizes("kept bytes, LoRA: predicted against measured", told, found["LoRA"])]
 

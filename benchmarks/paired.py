@@ -21,9 +21,9 @@ class Pair:
     unit: str = "ms"
 
     @classmethod
-    def of_sizes(cls, name: str, ours: float, peer: float) -> Pair:
-        """Two sizes in MB, which are the same in every round."""
-        return cls(name, ours, peer, *[peer / ours] * 3, unit="MB")
+    def of_sizes(cls, name: str, ours: float, peer: float, unit: str = "MB") -> Pair:
+        """Two sizes, which are the same in every round."""
+        return cls(name, ours, peer, *[peer / ours] * 3, unit=unit)
 
     def as_json(self) -> dict[str, object]:
         """The entry of results.json."""

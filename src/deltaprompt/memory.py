@@ -7,6 +7,7 @@ prediction counts a pass on tensors that have a shape and no numbers, which take
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -133,14 +134,23 @@ def _kept(adapted: Adapted, rows: int, length: int, again: bool) -> int:
     """What autograd keeps of a pass; where `again`, with the layers computed again."""
     with at_rest(adapted.model), torch.enable_grad():
         try:
-            numberless = FakeTensorMode()
-            with FakeCopyMode(numberless):
-                shapes = copy.deepcopy(adapted)
-            with numberless:
-                return _of_pass(shapes, rows, length, again)
+            return _of_shapes(adapted, rows, length, again)
         except FAILURES:
             one, two = (_of_pass(adapted, n, length, again) for n in (1, 2))
             return one + (rows - 1) * (two - one)
+
+
+def _of_shapes(adapted: Adapted, rows: int, length: int, again: bool) -> int:
+    """What autograd keeps of a pass on tensors without numbers; PyTorch also logs where it cannot, before it raises."""
+    log, numberless = logging.getLogger(FakeTensorMode.__module__), FakeTensorMode()
+    silent, log.disabled = log.disabled, True
+    try:
+        with FakeCopyMode(numberless):
+            shapes = copy.deepcopy(adapted)
+        with numberless:
+            return _of_pass(shapes, rows, length, again)
+    finally:
+        log.disabled = silent
 
 
 def _of_pass(adapted: Adapted, rows: int, length: int, again: bool) -> int:

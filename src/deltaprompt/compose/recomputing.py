@@ -21,7 +21,7 @@ from deltaprompt.errors import ConfigError
 
 FUNCTION = "_gradient_checkpointing_func"  # the name that transformers gives it, on a layer
 AGAIN = partial(checkpoint, use_reentrant=False)
-SHARE = 0.75  # of the layers: on BERT base 0.30 × the bytes in 1.36 × the time; of all, 0.07 × in 1.48 × (benchmarks)
+SHARE = 0.75  # of the layers: on BERT base 0.30 × the bytes and 1.38 × the operations; of all, 0.07 × and 1.50 ×
 
 
 class Recomputing:
