@@ -7,7 +7,6 @@ the head at the mask rows only, AdamW, clipping and a falling rate; without drop
 from __future__ import annotations
 
 import gc
-import random
 from collections.abc import Callable
 from typing import Any
 
@@ -20,31 +19,24 @@ import deltaprompt as dp
 from benchmarks.paired import Pair, pair, turns
 from benchmarks.prompt_classification import ALPHA, LABELS, RANK, SIZES, bert
 from deltaprompt.backbone.load import demo_folder, wrap
+from deltaprompt.data import shipped
 from deltaprompt.trainer.order import Order
 from deltaprompt.trainer.progress import Silent
 
-MANY, ROWS = 8, 32
-WORDS = (4, 16)  # of a text
+MANY, ROWS = 8, 64
 STEPS = {"base": 2, "mini": 4}
 BATCHES = (4, 8)
 
 
-def texts(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Short texts whose words are in the vocabulary."""
-    chance, vocabulary = random.Random(0), tokenizer.get_vocab()
-    words = sorted(w for w in vocabulary if w.isalpha() and w.isascii() and len(w) > 2)
-    return [" ".join(chance.choices(words, k=chance.randint(*WORDS))) for _ in range(ROWS)]
-
-
-def plans(steps: int, batch: int, tokenizer: PreTrainedTokenizerFast) -> list[dp.Plan]:
-    """As many as there are adaptations: the same texts, each plan in its own order."""
+def plans(steps: int, batch: int) -> list[dp.Plan]:
+    """As many as there are adaptations: the messages that the package ships, each plan in its own order."""
     names = list(LABELS)
-    rows = [dp.Example({"text": text}, names[i % 2]) for i, text in enumerate(texts(tokenizer))]
+    rows = [dp.Example(e.fields, names[i % 2]) for i, e in enumerate(shipped.load("train")[:ROWS])]
     training = dp.Training(steps=steps, batch_size=batch, weight_decay=0.0, learning_rate=1e-3)
     return [dp.Plan(rows, training=training, seed=seed) for seed in range(MANY)]
 
 
-def ours(size: str, tokenizer: PreTrainedTokenizerFast, given: list[dp.Plan]) -> dp.Model:
+def ours(size: str, tokenizer: PreTrainedTokenizerFast) -> dp.Model:
     """A slot for each plan."""
     task = dp.Task("{text} It was {mask} .", LABELS)
     return dp.Model(wrap(bert(size), tokenizer, name="random"), task, [dp.LoRA(RANK, ALPHA)], range(MANY))
@@ -119,8 +111,8 @@ class Theirs:
 def competitors(size: str, batch: int) -> dict[str, Callable[[], object]]:
     """One call trains all of them from their start."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(str(demo_folder()))
-    given = plans(STEPS[size], batch, tokenizer)
-    model = ours(size, tokenizer, given)
+    given = plans(STEPS[size], batch)
+    model = ours(size, tokenizer)
     starts = {name: tensor.detach().clone() for name, tensor in model.parts()}
     theirs = Theirs(size, model, given)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from deltaprompt.trainer.kept import Kept
 from deltaprompt.trainer.order import Order, mixed
 from deltaprompt.trainer.plan import Plan
 from deltaprompt.trainer.run import Run, State
+from deltaprompt.types import Example
 
 
 class Course:
@@ -27,16 +29,24 @@ class Course:
         slot: its own.
         plan: what it is trained on, and how.
         kept: its folder, if it has one.
+        encode: examples as token ids.
     """
 
-    def __init__(self, model: Model, slot: int, plan: Plan, kept: Kept | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        slot: int,
+        plan: Plan,
+        kept: Kept | None,
+        encode: Callable[[Sequence[Example]], list[Encoded]],
+    ) -> None:
         self.model = model
         self.slot = slot
         self.plan = plan
         self.kept = kept
         self.training = plan.training
-        self.rows = model.encode(plan.train)
-        self.dev = model.encode(plan.dev) if plan.dev else []
+        self.rows = encode(plan.train)
+        self.dev = encode(plan.dev) if plan.dev else []
         t = plan.training
         self.order = Order([row.length for row in self.rows], t.batch_size, t.accumulate, plan.seed)
         self.total = t.total(self.order.epoch)

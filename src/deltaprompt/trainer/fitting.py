@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from deltaprompt.errors import ConfigError, TrainingError
+from deltaprompt.features import Encoded
 from deltaprompt.model import Model
 from deltaprompt.model.saved import fill
 from deltaprompt.trainer import failures
@@ -123,7 +124,8 @@ def trained(
     training = seats[0].plan.training
     with ExitStack() as everything, chance_kept(model.device), recomputed(model, training.checkpointing):
         with failures.of_memory(training, together=len(seats)):
-            courses = [Course(model, seat.slot, seat.plan, seat.kept) for seat in seats]
+            encode = _once(model)
+            courses = [Course(model, seat.slot, seat.plan, seat.kept, encode) for seat in seats]
             loop = Loop(model, courses, checkpoints, progress or usual())
             kept = everything.enter_context(frozen_once(model, courses, loop.accelerator.autocast))
             loop.begin(resume)
@@ -131,3 +133,15 @@ def trained(
     if wrong := [course.state.failed for course in courses if course.state.failed]:
         raise TrainingError("; ".join(wrong))
     return runs
+
+
+def _once(model: Model) -> Callable[[Sequence[Example]], list[Encoded]]:
+    """`model.encode`; the same sequence of examples, which several plans may share, is encoded once."""
+    known: dict[int, list[Encoded]] = {}
+
+    def encode(examples: Sequence[Example]) -> list[Encoded]:
+        if id(examples) not in known:
+            known[id(examples)] = model.encode(examples)
+        return known[id(examples)]
+
+    return encode
