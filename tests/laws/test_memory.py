@@ -59,6 +59,19 @@ def test_counting_changes_no_gradient():
     assert all(torch.equal(p.grad, e) for p, e in zip(model.parameters(), expected, strict=True))
 
 
+def test_a_gate_keeps_what_it_weighs_once():
+    """The change y' − y [2, 7, 24] and σ [2, 7, 1], and not both y and y'."""
+    found = []
+    for gated in (False, True):
+        adapted = Adapted(zoo.build("bert", torch.float64), [LoRA(at=("layers[1].ffn.up",), gated=gated)])
+        inputs = zoo.inputs_of(adapted.backbone)
+        with kept(adapted) as counted:
+            states = adapted.states(inputs)
+            found.append(counted.bytes)
+        assert states.requires_grad
+    assert 2 * 7 * 24 * 8 <= found[1] - found[0] <= 2 * 7 * (24 + 2) * 8
+
+
 # Predicting
 
 
