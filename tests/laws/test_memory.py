@@ -94,11 +94,11 @@ def measured(backbone, delta, again):
 def test_what_is_kept_is_predicted(name, family):
     backbone = zoo.build(family)
     told = predicted(backbone, [made(name)], ROWS, LENGTH)
-    assert told.kept == pytest.approx(measured(backbone, made(name), False), rel=0.02)
+    assert told.kept == pytest.approx(measured(backbone, made(name), False), rel=0.05)
     if family in ("albert", "mpnet"):
         assert told.recomputed is None  # these cannot compute their layers again
         return
-    assert told.recomputed == pytest.approx(measured(backbone, made(name), True), rel=0.02)
+    assert told.recomputed == pytest.approx(measured(backbone, made(name), True), rel=0.05)
     assert told.recomputed <= told.kept
 
 

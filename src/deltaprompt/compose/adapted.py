@@ -78,7 +78,7 @@ class Adapted(nn.Module):
             stack.grow(slots)
         self.slots += slots
         self.seeds += (0,) * slots
-        self._tell_layouts()
+        self.tell_layouts()
 
     # Attaching and removing
 
@@ -158,7 +158,8 @@ class Adapted(nn.Module):
     def _hook(self) -> None:
         """Registers the hooks that the patches need, in the order of the deltas."""
         torch.compiler.reset()  # compiled code does not notice hooks that come later, and would run without them
-        self._tell_layouts()
+        if self.slots > 1:
+            self.tell_layouts()
         changed = {patch.site.path for patch in self._placed() if isinstance(patch.delta, Before)}
         for patch in self._placed():
             self._hook_at_site(patch, patch.site.path in changed)
@@ -171,10 +172,8 @@ class Adapted(nn.Module):
             stacks.train(self.training)
         self._attached = True
 
-    def _tell_layouts(self) -> None:
-        """Where the rows of a batch are at each site; asked of the backbone once, and only where rows may differ."""
-        if self.slots == 1:
-            return
+    def tell_layouts(self) -> None:
+        """Tells the patches where the rows of a batch are at their sites, which they ask where rows may differ."""
         with self.routing.at(None):
             layouts = layouts_of(self.backbone, {patch.site.path for patch in self._placed()})
         for patch in self._placed():
