@@ -90,6 +90,16 @@ def drawn_by(noise: Noise) -> Iterator[None]:
         _noise.pop()
 
 
+def plus(y: Tensor, h: Tensor, m: Tensor, scale: float) -> Tensor:
+    """y + s · h m of y [b, s, out], h [b, s, r] and m [r, out], or [b, r, out] for each row its own.
+
+    The latter is one kernel, but within autocast, which would round y too.
+    """
+    if m.ndim == 3 and not torch.is_autocast_enabled(y.device.type):
+        return torch.baddbmm(y, h, m, alpha=scale)
+    return y + scale * h @ m
+
+
 def zeros(t: Tensor, _: torch.Generator) -> None:
     """All zero."""
     t.zero_()

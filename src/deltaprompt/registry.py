@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from functools import cache, lru_cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, cast, get_type_hints
 
 from deltaprompt.errors import ConfigError, nearest
 
@@ -55,7 +55,7 @@ def build(kind: str, name: str, options: Mapping[str, Any]) -> Any:
     cls = variant(kind, name)
     _check_options(kind, name, cls, options)
     try:
-        return _adapter(cls).validate_python(dict(options))
+        return _adapter(cast(Hashable, cls)).validate_python(dict(options))
     except ValidationError as e:
         first = e.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or name
@@ -65,7 +65,7 @@ def build(kind: str, name: str, options: Mapping[str, Any]) -> Any:
 
 
 @cache
-def _adapter(cls: type[Any]) -> TypeAdapter[Any]:
+def _adapter(cls: Any) -> TypeAdapter[Any]:
     """pydantic's reader of a variant, which costs more to make than to use."""
     from pydantic import TypeAdapter
 
@@ -74,7 +74,7 @@ def _adapter(cls: type[Any]) -> TypeAdapter[Any]:
 
 def _check_options(kind: str, name: str, cls: type[Any], options: Mapping[str, Any]) -> None:
     """An error for what a variant does not have, and for what is a number to Python only: True, NaN and infinity."""
-    known, hints = [f.name for f in dataclasses.fields(cls)], get_type_hints(cls)
+    known, hints = [f.name for f in dataclasses.fields(cls)], _hints(cast(Hashable, cls))
     what = f"{kind.removesuffix('s')} {name!r}"
     for option, value in options.items():
         if option not in known:
@@ -83,6 +83,11 @@ def _check_options(kind: str, name: str, cls: type[Any], options: Mapping[str, A
             raise ConfigError(f"{what}, option {option}: got {value}; a number is possible")
         if hints[option] is float and isinstance(value, str | float) and not _is_finite(value):
             raise ConfigError(f"{what}, option {option}: got {value}; a finite number is possible")
+
+
+@cache
+def _hints(cls: Any) -> Mapping[str, Any]:
+    return get_type_hints(cls)
 
 
 def _is_finite(value: str | float) -> bool:

@@ -82,6 +82,16 @@ def describe(folder: str | Path) -> dict[str, Any]:
     return _steady(folder, (JSON,), lambda text: _record(text, folder / JSON))
 
 
+def tensors(folder: str | Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a folder whose record was read before.
+
+    Raises:
+        StoreError: they are not those that the record is of.
+    """
+    folder = Path(folder)
+    return _steady(folder, (TENSORS,), lambda data: _tensors(data, record["tensors"], folder / TENSORS))
+
+
 def holds_adaptation(folder: str | Path) -> bool:
     """Whether there is an adaptation in a folder, whole or damaged."""
     folder = Path(folder)

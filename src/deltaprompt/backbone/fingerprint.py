@@ -7,20 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from deltaprompt.backbone.layers import DIGEST, is_spread
 from deltaprompt.backbone.maps import is_plain
 
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
 
 def fingerprint(model: nn.Module) -> str:
     """16 hex digits from the names, types, shapes and contents of all parameters, and of what a quantised map adds.
 
-    A parameter's contents enter as two integer sums over its bit patterns, modulo 2^64, the second weighted by place,
-    so that the digest costs one pass over memory on any device: any one changed number changes it. A model whose layers
-    are spread over processes keeps the digest that it had before.
+    A parameter's contents enter as two integer sums over its bit patterns, the second weighted by place, so that the
+    digest costs one pass over memory on any device: any one changed number changes it. A model whose layers are spread
+    over processes keeps the digest that it had before.
     """
     if is_spread(model):
         return str(vars(model)[DIGEST])
@@ -40,18 +39,18 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _sums(tensor: Any) -> tuple[int, ...]:
-    """(Σ bits, Σ bits · (position mod 65521 + 1)) as 64-bit integers that wrap around; of all tensors within one."""
+    """(Σ c_i, Σ c_i · i) of a tensor, c_i being the sum modulo 2^32 of the words i, i + PERIOD, … of its bits."""
     if is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
         return tuple(total for name in names for total in _sums(vars(tensor)[name]))
-    bits = tensor.contiguous().view(INTEGERS[tensor.element_size()]).reshape(-1)
-    total = weighted = 0
-    for start in range(0, bits.numel(), CHUNK):
-        chunk = bits[start : start + CHUNK].long()
-        place = torch.arange(start, start + chunk.numel(), device=bits.device).remainder_(65521).add_(1)
-        total += int(chunk.sum())
-        weighted += int((chunk * place).sum())
-    return total % 2**64, weighted % 2**64
+    raw = tensor.contiguous().reshape(-1).view(torch.uint8)
+    words = (functional.pad(raw, (0, -len(raw) % WORD)) if len(raw) % WORD else raw).view(torch.int32)
+    whole = len(words) // PERIOD * PERIOD
+    columns = words[:whole].view(-1, PERIOD).sum(0, dtype=torch.int32)
+    columns[: len(words) - whole] += words[whole:]
+    columns, places = columns.long(), torch.arange(1, PERIOD + 1, device=raw.device)
+    return int(columns.sum()), int((columns * places).sum())
 
 
-CHUNK = 1 << 22  # numbers at once: 32 MB of 64-bit integers
+WORD = 4  # bytes
+PERIOD = 65521  # words that are weighted differently

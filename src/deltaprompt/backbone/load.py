@@ -61,9 +61,9 @@ class Backbone:
         """An encoder-decoder's decoder, without a head."""
         return decoder_of(self.model)
 
-    @property
+    @cached_property
     def config(self) -> Mapping[str, Any]:
-        """The model's config as a plain dictionary."""
+        """The model's config, as it was when it was first asked for, as a plain dictionary."""
         return config_of(self.model)
 
     @property

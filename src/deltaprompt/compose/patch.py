@@ -74,7 +74,7 @@ class Patch(Stack):
         fixed = common.constants() if common.names else {}
         if isinstance(self.delta, Computed):
             return partial(self._computed, slot, own, fixed, training, self._frozen(module))
-        return {**{n: t[slot] for n, t in own.items()}, **fixed}
+        return {**{n: _at(t, slot) for n, t in own.items()}, **fixed}
 
     def _computed(
         self,
@@ -90,7 +90,7 @@ class Patch(Stack):
         with torch.autocast(next(iter(own.values())).device.type, enabled=False):
             made = cast(Computed, self.delta).computed(Weights({**own, **fixed}, training, frozen), self.site)
         gate = {n: own[n] for n in (GATE, GATE_BIAS) if n in own}
-        picked = {n: t[slot] if isinstance(slot, Tensor) else t for n, t in {**made, **gate}.items()}
+        picked = {n: _at(t, slot) if isinstance(slot, Tensor) else t for n, t in {**made, **gate}.items()}
         return {**fixed, **picked}
 
     @torch.no_grad()
@@ -132,7 +132,9 @@ class Patch(Stack):
         """The hook behind the site: y' = after(x, y), on the site's part of a fused map's output."""
         if self.routing.resting:
             return output
-        x, self.entered = args[0] if self.entered is None else self.entered, None
+        x = args[0]
+        if self.entered is not None:
+            x, self.entered = self.entered, None
         y = output[0] if isinstance(output, tuple | list) else output  # a layer may return more than its states
         part = self.site.part
         if part is None:
@@ -186,18 +188,23 @@ class Patch(Stack):
         own = None if torch.is_autocast_enabled(last.device.type) else self.precision()
         if routing.rows is None:
             weights = self.weights(rows, module)
-            new = maths(weights, self.site, *(_ready(t, rows, own) for t in seen)).to(last.dtype)
+            new = maths(weights, self.site, *[_ready(t, rows, own) for t in seen])
         else:
             weights = self.weights(len(routing.rows), module)
             whole = _ready(seen[-1], rows, None)
             mine = (_ready(_ready(t, rows, None)[routing.rows], len(routing.rows), own) for t in seen)
             new = whole.index_copy(0, routing.rows, maths(weights, self.site, *mine).to(last.dtype))
-        new = new.reshape(seen[-1].shape)
+        new = new if new.dtype is last.dtype else new.to(last.dtype)
+        if new.shape != seen[-1].shape:
+            new = new.reshape(seen[-1].shape)
         return new.transpose(0, 1) if turned else new
 
     def precision(self) -> torch.dtype | None:
         """What its tensors are kept in; None where it has none."""
-        return next((t.dtype for t in (*self.tensors.values(), *self._common[0].tensors.values())), None)
+        for stack in (self, self._common[0]):
+            for tensor in stack.tensors.values():
+                return tensor.dtype
+        return None
 
     def _rows(self, t: Tensor) -> int:
         """The number of rows b of a tensor that passes the site."""
@@ -239,9 +246,17 @@ class _Frozen:
         return weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
 
 
+def _at(t: Tensor, slot: int | Tensor) -> Tensor:
+    """One slot of [n, …], or one a row [rows, …]."""
+    return t.index_select(0, slot) if isinstance(slot, Tensor) else t[slot]
+
+
 def _ready(t: Tensor, rows: int, own: torch.dtype | None) -> Tensor:
     """Token ids [b, s] as they are; numbers as [b, s, size] (OPT: [b * s, size]; Qwen 3: [b, s, heads, size])."""
-    return t.reshape(rows, -1, t.shape[-1]).to(own or t.dtype) if t.is_floating_point() else t
+    if not t.is_floating_point():
+        return t
+    t = t if t.ndim == 3 and t.shape[0] == rows else t.reshape(rows, -1, t.shape[-1])
+    return t if own is None or own is t.dtype else t.to(own)
 
 
 def _led_by(first: Tensor, output: Any) -> Any:

@@ -37,7 +37,9 @@ class Stack(nn.Module):
     def grow(self, slots: int) -> None:
         """As many more slots, all zero."""
         for name, t in self.tensors.items():
-            self.tensors[name] = nn.Parameter(torch.cat([t, t.new_zeros(slots, *t.shape[1:])]), t.requires_grad)
+            grown = t.new_zeros(len(t) + slots, *t.shape[1:])
+            grown[: len(t)] = t
+            self.tensors[name] = nn.Parameter(grown, t.requires_grad)
 
     def routed(self, rows: int) -> int | Tensor:
         """The slot of all rows, or the slot of each of `rows` rows."""

@@ -236,6 +236,7 @@ class Plan:
 
     name: str
     folder: str | Path
+    record: Mapping[str, Any]
     task: Task
     features: Features
     scorer: Scorer
@@ -252,12 +253,12 @@ class Plan:
         like = next(backbone.model.parameters())
         scorer = Scorer(verbalizer, setting, verbalizer.constants(setting), 1, Routing(), like).eval()
         all_deltas = placed(deltas, features)
-        return cls(name, folder, task, features, scorer, all_deltas, sort_of(all_deltas))
+        return cls(name, folder, record, task, features, scorer, all_deltas, sort_of(all_deltas))
 
     @torch.no_grad()
     def entry(self, group: Group | None) -> Entry:
         """The adaptation, its tensors read and written where they belong."""
-        _, saved = store.read(self.folder)
+        saved = store.tensors(self.folder, self.record)
         own = {n.removeprefix(VERBALIZER): t for n, t in saved.items() if n.startswith(VERBALIZER)}
         deltas = {n.removeprefix(DELTA): t for n, t in saved.items() if n.startswith(DELTA)}
         try:
