@@ -24,7 +24,7 @@ from deltaprompt.features.features import Row
 from deltaprompt.model import Model, Task
 from deltaprompt.params import Weights
 from deltaprompt.trainer import Plan, Run, Training, fit, fit_many
-from deltaprompt.trainer.passes import by_length
+from deltaprompt.trainer.passes import ENOUGH, by_length
 from deltaprompt.trainer.streams import Shares, Streams
 from deltaprompt.types import Example
 from deltaprompt.verbalizers.label_words import LabelWords
@@ -58,6 +58,12 @@ DELTAS = {
     "reparametrised_prefix": ReparametrisedPrefix(length=2),
 }
 VERBALIZERS = {"label_words": LabelWords(WORDS), "prototypes": Prototypes(), "soft": SoftVerbalizer()}
+
+
+@pytest.fixture(autouse=True)
+def small_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the few tokens of these texts make several passes."""
+    monkeypatch.setitem(ENOUGH, "cpu", 40)
 
 
 def made(backbone: Backbone, delta: Delta, verbalizer: Any, seeds: Sequence[int]) -> Model:
