@@ -27,6 +27,7 @@ pytest.importorskip("peft")
 from tests.peft_zoo import FAMILIES, LENGTH, METHODS, config_of, made, opened, rows, scores
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
+SAME = {"rtol": 0, "atol": 1e-9}  # in double precision
 every = pytest.mark.parametrize("family", FAMILIES)
 each = pytest.mark.parametrize("method", METHODS)
 
@@ -190,10 +191,10 @@ FUSED = {
 @pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("family", FUSED)
 def test_a_fused_map_has_one_lora_there_and_one_a_part_here(method, family, tmp_path):
-    theirs = made(family, config_of(method, family, target_modules=FUSED[family]))
+    theirs = made(family, config_of(method, family, target_modules=FUSED[family]), dtype=torch.float64)
     theirs.save_pretrained(tmp_path / "theirs")
-    adapted = open_peft(tmp_path / "theirs", zoo.build(family))
-    assert_close(scores(adapted, family), scores(theirs, family), **CLOSE)
+    adapted = open_peft(tmp_path / "theirs", zoo.build(family, torch.float64))
+    assert_close(scores(adapted, family), scores(theirs, family), **SAME)
     save_peft(adapted, tmp_path / "back")
     before, after = (tensors_in(tmp_path / name) for name in ("theirs", "back"))
     assert before.keys() == after.keys()
@@ -295,17 +296,17 @@ NAMED = [
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 @pytest.mark.parametrize("named", NAMED)
 def test_modules_are_named_as_peft_names_them(named, tmp_path):
-    theirs = made("llama", config_of("lora", "llama", **named))
+    theirs = made("llama", config_of("lora", "llama", **named), dtype=torch.float64)
     theirs.save_pretrained(tmp_path / "theirs")
     if "lm_head" not in named["target_modules"]:  # as the user wrote it; peft writes the modules that it found
         config = {**config_in(tmp_path / "theirs"), **named}
         (tmp_path / "theirs" / "adapter_config.json").write_text(json.dumps(config))
-    adapted = open_peft(tmp_path / "theirs", zoo.build("llama"))
+    adapted = open_peft(tmp_path / "theirs", zoo.build("llama", torch.float64))
     trained = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
     assert adapted.parameter_count() == trained
-    assert_close(scores(adapted, "llama"), scores(theirs, "llama"), **CLOSE)
+    assert_close(scores(adapted, "llama"), scores(theirs, "llama"), **SAME)
     save_peft(adapted, tmp_path / "back")
-    assert_close(scores(opened(tmp_path / "back", "llama"), "llama"), scores(theirs, "llama"), **CLOSE)
+    assert_close(scores(opened(tmp_path / "back", "llama", torch.float64), "llama"), scores(theirs, "llama"), **SAME)
 
 
 def test_dropout_is_pefts_and_rests_until_training(tmp_path):
