@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import delta_steps, kept_layers, many, memory, prompt_classification, train_many
+from benchmarks import delta_steps, kept_layers, many, memory, prompt_classification, shared_prefix, train_many
 from benchmarks.paired import Pair
 
 
@@ -41,6 +41,7 @@ def main() -> None:
         *kept_layers.run(rounds),
         *train_many.run(rounds),
         *many.run(rounds),
+        *shared_prefix.run(rounds),
     ]
     show(pairs)
     out = Path(__file__).parent / "results.json"

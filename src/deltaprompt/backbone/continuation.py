@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.nn.functional import log_softmax
 
 from deltaprompt.backbone.heads import Head
 from deltaprompt.backbone.load import Backbone, states_of
+from deltaprompt.backbone.shared import Begun, is_whole, repeated_cache
 from deltaprompt.errors import BackboneError
 
 SCORES = 1 << 26  # scores [rows, words, tokens, vocabulary] formed at once: 256 MB in float32
@@ -70,7 +70,7 @@ class Prompted:
             "attention_mask": torch.cat([seen, seen.new_ones(rows * words, tokens)], dim=1),
             "position_ids": seen.sum(1, keepdim=True) + torch.arange(tokens, device=ids.device),
         }
-        return self._run(inputs, words, past_key_values=_repeated_cache(self.cache, words))
+        return self._run(inputs, words, past_key_values=repeated_cache(self.cache, words))
 
     def _again(self, ids: Tensor, rows: int) -> Tensor:
         """As `_continue` without keys and values: answers stand behind each prompt's last token, all is run again."""
@@ -106,9 +106,12 @@ class Prompted:
 
 
 def prompted(
-    backbone: Backbone, inputs: Mapping[str, Tensor], repeated: Callable[[int], AbstractContextManager[None]]
+    backbone: Backbone,
+    inputs: Mapping[str, Tensor],
+    repeated: Callable[[int], AbstractContextManager[None]],
+    begun: Begun | None = None,
 ) -> Prompted:
-    """Runs prompts once and keeps what their continuations need.
+    """Runs prompts once, from where they have `begun`, and keeps what their continuations need.
 
     Keys and values are of no use where decoder prompts differ in length (BART counts padding as positions), nor where
     the model keeps none: under gradient checkpointing, and in layers that are not attention.
@@ -118,34 +121,10 @@ def prompted(
         out = backbone.decoded(encoded, inputs, use_cache=True)
         even = bool(inputs["decoder_attention_mask"].all())
     else:
-        encoded, even, out = None, True, backbone.outputs(inputs, use_cache=True)
+        encoded, even = None, True
+        past = {} if begun is None else {"past_key_values": begun.cache}
+        out = backbone.outputs(inputs, use_cache=True, **past)
     states, kept = states_of(out), out.get("past_key_values")
-    cache = kept if even and _is_whole(kept, states.shape[1]) else None
+    length = states.shape[1] + (0 if begun is None else begun.length)
+    cache = kept if even and is_whole(kept, length) else None
     return Prompted(backbone, states, inputs, cache, encoded, repeated)
-
-
-def _is_whole(cache: Any, length: int) -> bool:
-    """Whether a cache holds `length` tokens, in attention layers only."""
-    from transformers import Cache, EncoderDecoderCache
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
-    own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-    if not isinstance(own, Cache) or any(
-        type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in own.layers
-    ):
-        return False
-    return own.get_seq_length() == length
-
-
-def _repeated_cache(cache: Any, times: int) -> Any:
-    """A cache with every row `times` times; the given one stays as it is."""
-    from transformers import EncoderDecoderCache
-
-    made = copy(cache)
-    if isinstance(cache, EncoderDecoderCache):
-        made.self_attention_cache = _repeated_cache(cache.self_attention_cache, times)
-        made.cross_attention_cache = _repeated_cache(cache.cross_attention_cache, times)
-        return made
-    made.layers = [copy(layer) for layer in cache.layers]
-    made.batch_repeat_interleave(times)
-    return made

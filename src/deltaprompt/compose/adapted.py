@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import signature
 from types import MethodType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,13 @@ from deltaprompt.compose.merging import Mark, mark_merge, merged, take_mark_back
 from deltaprompt.compose.patch import IDS, Patch
 from deltaprompt.compose.placing import instances, sites_of
 from deltaprompt.compose.recomputing import AGAIN, SHARE, Recomputing, differentiable, has_own_backward, rest
-from deltaprompt.compose.routing import Index, Routing
+from deltaprompt.compose.routing import Index, Routing, check_slot
 from deltaprompt.compose.stack import Common, Stack
 from deltaprompt.deltas._base import After, Before, Delta, Fixed, KeyValue, Reparametrised, Shared, VirtualTokens
 from deltaprompt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 SHARED = "shared"  # where a site's name stands in the stored name of a tensor, for those of all sites of a delta
 
@@ -225,25 +228,8 @@ class Adapted(nn.Module):
 
     def route(self, index: Index) -> None:
         """The rows of the passes to come belong to `index`."""
-        self._check_slot(index)
+        check_slot(index, self.slots)
         self.routing.index = index
-
-    def _check_slot(self, index: Index) -> None:
-        if index is None or torch.compiler.is_compiling():
-            return
-        if isinstance(index, bool) or not isinstance(index, int | Tensor):
-            raise ConfigError(f"adaptation is a number, or a tensor of one a row, and not {index!r}")
-        if isinstance(index, int):
-            low = high = index
-        elif index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool or not len(index):
-            kind = str(index.dtype).removeprefix("torch.")
-            raise ConfigError(
-                f"one adaptation a row is a tensor of whole numbers [rows]; got {kind} {list(index.shape)}"
-            )
-        else:
-            low, high = (int(end) for end in index.aminmax())
-        if low < 0 or high >= self.slots:
-            raise ConfigError(f"adaptation {low if low < 0 else high} was named; 0 to {self.slots - 1} are possible")
 
     @contextmanager
     def repeated(self, times: int) -> Iterator[None]:
@@ -260,9 +246,20 @@ class Adapted(nn.Module):
             index: the slots.
             each: sequences searched or drawn for each row, the larger of num_beams and num_return_sequences.
         """
-        self._check_slot(index)
+        check_slot(index, self.slots)
         with self.routing.at(index, each), self.routing.steady():
             yield
+
+    def generate(
+        self, inputs: Mapping[str, Tensor], adaptation: Index = None, config: GenerationConfig | None = None
+    ) -> Tensor:
+        """The tokens that the model adds to its inputs; those that all rows share in front are run once.
+
+        See `generation.generate`.
+        """
+        from deltaprompt.compose.generation import generate
+
+        return generate(self, inputs, adaptation, config)
 
     def checkpointing(self, on: bool = True, share: float = SHARE) -> None:
         """Whether the backward pass computes layers again, to save memory; also those that are in evaluation mode.
@@ -340,7 +337,7 @@ class Adapted(nn.Module):
             SiteError: a delta has no form in weights, or a site has no tensor to take it up. Nothing is changed then.
         """
         self._check_open()
-        self._check_slot(slot)
+        check_slot(slot, self.slots)
         new: dict[str, Tensor] = {}
         for patch in self._placed():
             new |= merged(patch, slot, self.model, new)

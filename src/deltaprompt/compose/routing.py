@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
+
+from deltaprompt.errors import ConfigError
 
 Index = int | Tensor | None  # one slot for all rows, or a slot for each row [rows]; None is slot 0
 
@@ -49,3 +52,20 @@ class Routing:
     def rest(self) -> None:
         """No row of the passes to come belongs here."""
         self.rows, self.index, self.resting = None, None, True
+
+
+def check_slot(index: Index, slots: int) -> None:
+    """An error where `index` names something else than slots that there are."""
+    if index is None or torch.compiler.is_compiling():
+        return
+    if isinstance(index, bool) or not isinstance(index, int | Tensor):
+        raise ConfigError(f"adaptation is a number, or a tensor of one a row, and not {index!r}")
+    if isinstance(index, int):
+        low = high = index
+    elif index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool or not len(index):
+        kind = str(index.dtype).removeprefix("torch.")
+        raise ConfigError(f"one adaptation a row is a tensor of whole numbers [rows]; got {kind} {list(index.shape)}")
+    else:
+        low, high = (int(end) for end in index.aminmax())
+    if low < 0 or high >= slots:
+        raise ConfigError(f"adaptation {low if low < 0 else high} was named; 0 to {slots - 1} are possible")

@@ -195,7 +195,8 @@ class Many:
         of, found = [entries[i] for i in part], dict[int, Tensor]()
         one = of[0] if len({id(entry) for entry in of}) == 1 else None
         with self._alone(one) if one is not None else self._mixed(of, batch.variants):
-            at = read(self.backbone, batch, one.repeated if one is not None and one.continues else None)
+            repeated = one.repeated if one is not None and one.continues else None
+            at = read(self.backbone, batch, repeated, alike=one is not None)
             for entry, own in _by_entry(of):
                 each = entry.scorer(_of_rows(at, own)).float().softmax(-1).cpu()
                 found |= zip([part[i] for i in own], each, strict=True)

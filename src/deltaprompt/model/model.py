@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from deltaprompt.backbone import Backbone
 from deltaprompt.backbone.continuation import prompted
+from deltaprompt.backbone.shared import Begun, begun, states_after
 from deltaprompt.compose import Adapted, Index, Routing, Stack, carries_deltas, instances
 from deltaprompt.deltas._base import Delta, VirtualTokens
 from deltaprompt.deltas._position_shift import PositionShift
@@ -102,7 +103,10 @@ class Model(nn.Module):
         self.adapted.route(adaptation)
         with self.adapted.repeated(batch.variants):
             longest = max(self.features.answer_lengths)
-            return read(self.backbone, batch, self.adapted.repeated if longest > 1 else None, self.once)
+            repeated = self.adapted.repeated if longest > 1 else None
+            return read(
+                self.backbone, batch, repeated, self.once, alike=not (self.training or isinstance(adaptation, Tensor))
+            )
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded]:
         """Examples as token ids."""
@@ -237,6 +241,7 @@ def read(
     batch: Batch,
     repeated: Callable[[int], AbstractContextManager[None]] | None = None,
     once: Callable[[Batch], Tensor] | None = None,
+    alike: bool = False,
 ) -> AtMask:
     """The states of a batch where the answer is read.
 
@@ -245,13 +250,18 @@ def read(
         batch: b rows of v variants each.
         repeated: where answers of several tokens are scored, what tells the deltas that rows are repeated.
         once: what reads the states in place of the backbone, while those of frozen layers are kept.
+        alike: whether all rows are of one adaptation, so that tokens which they share in front can be run once.
     """
     b, v = batch.answer_at.shape[0] // batch.variants, batch.variants
     prompt = None
+    front = _begun(backbone, batch.inputs) if alike and once is None else None
     if repeated is not None and backbone.kind in ("causal", "seq2seq"):
-        prompt = prompted(backbone, batch.inputs, repeated)
+        prompt = prompted(backbone, batch.inputs if front is None else front.inputs, repeated, front)
     if once is not None and prompt is None:
         hidden = once(batch)
+    elif front is not None:
+        states = states_after(backbone, front) if prompt is None else prompt.states
+        hidden = at_answers(states, batch.answer_at - front.length)
     else:
         states = backbone.states(batch.inputs) if prompt is None else prompt.states
         hidden = at_answers(states, batch.answer_at)
@@ -261,6 +271,13 @@ def read(
         None if backbone.head is None else backbone.head.logits,
         None if prompt is None else lambda ids, lengths: prompt.log_likelihood(hidden[:, 0], ids, lengths),
     )
+
+
+def _begun(backbone: Backbone, inputs: Mapping[str, Tensor]) -> Begun | None:
+    """A batch whose shared tokens have been run; not in training, where each row draws its own dropout."""
+    if backbone.kind != "causal" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    return begun(backbone, inputs)
 
 
 def at_answers(states: Tensor, answer_at: Tensor) -> Tensor:
