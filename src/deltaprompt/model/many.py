@@ -22,7 +22,8 @@ from deltaprompt.errors import ConfigError, DeltaPromptError, SiteError, StoreEr
 from deltaprompt.features import Encoded, Features
 from deltaprompt.features.batching import bucketed
 from deltaprompt.model.group import Group, sort_of
-from deltaprompt.model.model import Scorer, answer, example_of, features_of, placed, read, unlabelled
+from deltaprompt.model.model import answer, example_of, read, unlabelled
+from deltaprompt.model.reader import Scorer, features_of, placed
 from deltaprompt.model.saved import asked_of, check, identity, not_made
 from deltaprompt.model.task import Task
 from deltaprompt.templates import parse

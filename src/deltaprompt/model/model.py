@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,69 +15,54 @@ from torch.nn.functional import cross_entropy
 from deltaprompt.backbone import Backbone
 from deltaprompt.backbone.continuation import prompted
 from deltaprompt.backbone.shared import Begun, begun, states_after
-from deltaprompt.compose import Adapted, Index, Routing, Stack, carries_deltas, instances
+from deltaprompt.compose import Adapted, Index, carries_deltas, instances
+from deltaprompt.compose.routing import check_slot
 from deltaprompt.deltas._base import Delta, VirtualTokens
-from deltaprompt.deltas._position_shift import PositionShift
-from deltaprompt.deltas.soft_prompt import SoftPrompt
 from deltaprompt.errors import ConfigError
 from deltaprompt.features import Encoded, Features
+from deltaprompt.model.reader import Reader, Scorer, of_rows, placed
 from deltaprompt.model.task import Task
-from deltaprompt.params import Weights
 from deltaprompt.templates import parse
 from deltaprompt.types import AtMask, Batch, Example
-from deltaprompt.verbalizers._base import Answers, Setting, Started, Verbalizer, pooled
+from deltaprompt.verbalizers._base import Started, Verbalizer, pooled
 
-T5_SENTINEL = "<extra_id_0>"
 BARE = "{text}"
 
 
-class Scorer(Stack):
-    """A verbalizer with its tensors: those that train, one slot per adaptation, and those that do not."""
+class Model(nn.Module):
+    """A backbone adapted to a task. `forward` maps a `Batch` to `{"loss", "logits"}`: any trainer can train it.
+
+    Args:
+        backbone: it is frozen until `adapted.remove()`.
+        task: what is asked; of several adaptations perhaps one each, which then have the same labels.
+        deltas: in the order in which they act, the same for all adaptations.
+        seeds: one an adaptation; what it starts from.
+    """
 
     def __init__(
-        self,
-        verbalizer: Verbalizer,
-        setting: Setting,
-        constants: Mapping[str, Tensor],
-        slots: int,
-        routing: Routing,
-        like: Tensor,
+        self, backbone: Backbone, task: Task | Sequence[Task], deltas: Sequence[Delta], seeds: Sequence[int] = (0,)
     ) -> None:
-        super().__init__(verbalizer.params(setting), slots, routing, like)
-        self.verbalizer = verbalizer
-        self.setting = setting
-        self.constants = tuple(constants)
-        for name, tensor in constants.items():
-            self.register_buffer(name, tensor.to(like.device), persistent=False)
-
-    def forward(self, at: AtMask) -> Tensor:
-        """Class scores [b, c]."""
-        fixed = {name: self.get_buffer(name) for name in self.constants}
-        own = self.weights(at.hidden.shape[0])
-        return self.verbalizer.scores(Weights({**own, **fixed}, self.training), self.setting, at)
-
-
-class Model(nn.Module):
-    """A backbone adapted to a task. `forward` maps a `Batch` to `{"loss", "logits"}`: any trainer can train it."""
-
-    def __init__(self, backbone: Backbone, task: Task, deltas: Sequence[Delta], seeds: Sequence[int] = (0,)) -> None:
         super().__init__()
-        self.task = task
         self.backbone = backbone
         self.once: Callable[[Batch], Tensor] | None = None  # while it trains: reads states, of which it keeps some
-        verbalizer = task.settled(backbone)
-        self.features = features_of(backbone, task, verbalizer, instances(deltas))
-        setting = Setting(task.names, backbone.kind, backbone.width, self.features.answer_ids)
-        constants = verbalizer.constants(setting)  # whatever is wrong is said before anything is attached
+        tasks = [task] * len(seeds) if isinstance(task, Task) else list(task)
+        if len(tasks) != len(seeds):
+            raise ConfigError(f"{len(tasks)} tasks for {len(seeds)} seeds; give one task for all, or one a seed")
+        told = [(task, task.names) for task in tasks]  # equal labels may stand in another order
+        distinct = [one for i, one in enumerate(told) if one not in told[:i]]
+        numbers = [distinct.index(one) for one in told]
+        made = [Reader(backbone, task, instances(deltas), numbers.count(n)) for n, (task, _) in enumerate(distinct)]
+        _check_alike(made)  # whatever is wrong is said before anything is attached
         if carries_deltas(backbone.model):
             raise ConfigError(
                 "this backbone already carries another model's deltas, which would act here too; take them off it with "
                 "that model's .adapted.remove(), or load the backbone again"
             )
-        self.adapted = Adapted(backbone, placed(deltas, self.features), len(seeds), seeds)
-        like = next(backbone.model.parameters())
-        self.scorer = Scorer(verbalizer, setting, constants, len(seeds), self.adapted.routing, like)
-        self.scorer.start(seeds)
+        self.adapted = Adapted(backbone, placed(deltas, made[0].features), len(seeds), seeds)
+        self.readers = nn.ModuleList(made)
+        self.seats = tuple((n, numbers[:i].count(n)) for i, n in enumerate(numbers))  # of a slot: reader, slot there
+        for number, reader in enumerate(made):
+            reader.scorer.start([seed for seed, n in zip(seeds, numbers, strict=True) if n == number])
         self._begin_soft_words()
         self.train(False)
 
@@ -86,14 +71,33 @@ class Model(nn.Module):
         """The task's deltas; the soft tokens of its template are one more, the first of all."""
         return self.adapted.deltas[1 if self.features.soft_rows else 0 :]
 
+    def reader(self, slot: int = 0) -> Reader:
+        """How an adaptation's texts are read and scored."""
+        return cast(Reader, self.readers[self.seats[slot][0]])
+
+    @property
+    def task(self) -> Task:
+        """What is asked; of several tasks the first adaptation's."""
+        return self.reader().task
+
+    @property
+    def features(self) -> Features:
+        """How texts become token ids; of several tasks the first adaptation's."""
+        return self.reader().features
+
+    @property
+    def scorer(self) -> Scorer:
+        """The verbalizer with its tensors; of several tasks the first adaptation's."""
+        return self.reader().scorer
+
     @property
     def verbalizer(self) -> Verbalizer:
-        """The verbalizer in use."""
-        return self.scorer.verbalizer
+        """The verbalizer in use; of several tasks the first adaptation's."""
+        return self.reader().verbalizer
 
     def forward(self, batch: Batch, adaptation: Index = None) -> dict[str, Tensor]:
         """Class scores `logits` [b, c] and, where the batch has labels, the mean cross-entropy `loss`."""
-        logits = self.scorer(self.at_mask(batch, adaptation))
+        logits = self._scores(self.at_mask(batch, adaptation), adaptation)
         if batch.labels is None:
             return {"logits": logits}
         return {"loss": cross_entropy(logits.float(), batch.labels), "logits": logits}
@@ -101,16 +105,39 @@ class Model(nn.Module):
     def at_mask(self, batch: Batch, adaptation: Index = None) -> AtMask:
         """The states where the answer is read, and the head that scores words there."""
         self.adapted.route(adaptation)
-        with self.adapted.repeated(batch.variants):
-            longest = max(self.features.answer_lengths)
-            repeated = self.adapted.repeated if longest > 1 else None
-            return read(
-                self.backbone, batch, repeated, self.once, alike=not (self.training or isinstance(adaptation, Tensor))
+        reading = [cast(Reader, self.readers[n]) for n in self._numbers(adaptation)]
+        continues = any(reader.continues for reader in reading)
+        if continues and len(reading) > 1:
+            raise ConfigError(
+                "answers of several tokens are scored one task at a time; give a batch of one task's rows"
             )
+        with self.adapted.repeated(batch.variants):
+            alike = not self.training and not isinstance(adaptation, Tensor)
+            return read(self.backbone, batch, self.adapted.repeated if continues else None, self.once, alike)
 
-    def encode(self, examples: Sequence[Example]) -> list[Encoded]:
+    def _numbers(self, adaptation: Index) -> list[int]:
+        """The readers that a batch is of."""
+        if len(self.readers) == 1:
+            return [0]
+        if not isinstance(adaptation, Tensor):
+            return [self.seats[adaptation or 0][0]]
+        return sorted({self.seats[slot][0] for slot in adaptation.tolist()})
+
+    def _scores(self, at: AtMask, adaptation: Index) -> Tensor:
+        """Class scores [b, c], of each row by its own task's verbalizer."""
+        if len(self.readers) == 1:
+            return self.readers[0](at, adaptation)
+        if not isinstance(adaptation, Tensor):
+            number, place = self.seats[adaptation or 0]
+            return self.readers[number](at, place)
+        seats = torch.tensor(self.seats, device=adaptation.device)[adaptation]  # [b, 2]
+        each = [(n, (seats[:, 0] == n).nonzero()[:, 0]) for n in self._numbers(adaptation)]
+        found = torch.cat([self.readers[n](of_rows(at, rows), seats[rows, 1]) for n, rows in each])
+        return found[torch.cat([rows for _, rows in each]).argsort()]
+
+    def encode(self, examples: Sequence[Example], slot: int = 0) -> list[Encoded]:
         """Examples as token ids."""
-        return self.features.encode(examples)
+        return self.reader(slot).features.encode(examples)
 
     @property
     def device(self) -> torch.device:
@@ -120,25 +147,23 @@ class Model(nn.Module):
     @torch.no_grad()
     def start(self, examples: Sequence[Example], slot: int = 0, batch_size: int = 32) -> None:
         """Gives a verbalizer that starts from states (prototypes, descriptions) its start from training examples."""
-        verbalizer, setting = self.verbalizer, self.scorer.setting
+        reader, place = self.reader(slot), self.seats[slot][1]
+        verbalizer, setting, features = reader.verbalizer, reader.scorer.setting, reader.features
         if not isinstance(verbalizer, Started):
             return
-        classes = torch.tensor(
-            [self.features.label_index(_label(e)) for e in examples], dtype=torch.long, device=self.device
-        )
-        support = self.embed(self.features, examples, slot, batch_size)
-        plain = self._plain
+        classes = torch.tensor([features.label_index(_label(e)) for e in examples], dtype=torch.long)
+        support = self.embed(features, examples, slot, batch_size)
+        plain = self._plain(features)
         described = [Example(dict.fromkeys(plain.template.fields, text)) for text in verbalizer.texts(setting)]
         texts = self.embed(plain, described, slot, batch_size)
-        for name, tensor in verbalizer.start(setting, texts, support, classes).items():
-            self.scorer.tensors[name][slot].copy_(tensor)
+        for name, tensor in verbalizer.start(setting, texts, support, classes.to(self.device)).items():
+            reader.scorer.tensors[name][place].copy_(tensor)
 
-    @property
-    def _plain(self) -> Features:
+    def _plain(self, features: Features) -> Features:
         """How a description is read: by itself where states are means over tokens, otherwise through the template."""
-        if self.backbone.kind != "encoder" or self.features.template.masks:
-            return self.features
-        return replace(self.features, template=parse(BARE), prepend_soft=0)
+        if self.backbone.kind != "encoder" or features.template.masks:
+            return features
+        return replace(features, template=parse(BARE), prepend_soft=0)
 
     @torch.no_grad()
     def embed(self, features: Features, examples: Sequence[Example], slot: int = 0, batch_size: int = 32) -> Tensor:
@@ -162,13 +187,14 @@ class Model(nn.Module):
     @torch.inference_mode()
     def probabilities(self, examples: Sequence[Example], batch_size: int = 32, slot: int = 0) -> Tensor:
         """Class probabilities [n, c] on the CPU, in the order of the examples."""
-        if isinstance(self.verbalizer, Started) and not any(t[slot].any() for t in self.scorer.tensors.values()):
+        reader, place = self._at(slot), self.seats[slot][1]
+        if isinstance(reader.verbalizer, Started) and not any(t[place].any() for t in reader.scorer.tensors.values()):
             raise ConfigError(
                 "the prototypes have no start yet; give model.start(examples) labelled examples, or fit the model"
             )
         out = torch.zeros(len(examples), len(self.task.names))
         with evaluating(self):
-            for batch in self.features.batches(self.features.encode(unlabelled(examples)), batch_size):
+            for batch in reader.features.batches(reader.features.encode(unlabelled(examples)), batch_size):
                 logits = self(batch.to(self.device), slot)["logits"]
                 out[batch.index] = logits.float().softmax(-1).cpu()
         return out
@@ -184,12 +210,26 @@ class Model(nn.Module):
         macro = f1_score(gold, predicted, average="macro", labels=range(len(self.task.names)), zero_division=0.0)
         return {"accuracy": float(accuracy_score(gold, predicted)), "macro_f1": float(macro)}
 
+    def _at(self, slot: int) -> Reader:
+        """The reader of a slot that somebody named."""
+        check_slot(slot, self.adapted.slots)
+        return self.reader(slot)
+
     def parts(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Every trainable tensor `[slots, …]` by stored name."""
+        """Every trainable tensor `[slots, …]` by stored name; of several tasks a verbalizer's begin with its number."""
         for name, tensor in self.adapted.parts():
             yield f"delta.{name}", tensor
-        for name, tensor in self.scorer.tensors.items():
-            yield f"verbalizer.{name}", tensor
+        for number, reader in enumerate(self.readers):
+            own = f"{number}." if len(self.readers) > 1 else ""
+            for name, tensor in cast(Reader, reader).scorer.tensors.items():
+                yield f"verbalizer.{own}{name}", tensor
+
+    def slot_parts(self, slot: int = 0) -> Iterator[tuple[str, nn.Parameter, int]]:
+        """Every tensor that an adaptation has a part of, by stored name, and which part it is."""
+        for name, tensor in self.adapted.parts():
+            yield f"delta.{name}", tensor, slot
+        for name, tensor in self.reader(slot).scorer.tensors.items():
+            yield f"verbalizer.{name}", tensor, self.seats[slot][1]
 
     def stored(self, slot: int = 0) -> dict[str, Tensor]:
         """What is kept of one slot, by stored name: what trains, and of a reparametrised delta what it computes."""
@@ -199,15 +239,16 @@ class Model(nn.Module):
                 "before; make a new one with dp.adapt(backbone, task, deltas)"
             )
         kept = {f"delta.{name}": tensor for name, tensor in self.adapted.stored(slot).items()}
-        return kept | {f"verbalizer.{name}": tensor.detach()[slot] for name, tensor in self.scorer.tensors.items()}
+        own = self.reader(slot).scorer.tensors.items()
+        return kept | {f"verbalizer.{name}": tensor.detach()[self.seats[slot][1]] for name, tensor in own}
 
     def settle(self) -> None:
         """Every reparametrised delta becomes the plain one that it computes, as `save` keeps it; answers stay."""
         self.adapted.settle()
 
-    def parameter_count(self) -> int:
+    def parameter_count(self, slot: int = 0) -> int:
         """Trainable numbers of one adaptation."""
-        return sum(tensor[0].numel() for _, tensor in self.parts() if tensor.requires_grad)
+        return sum(tensor[at].numel() for _, tensor, at in self.slot_parts(slot) if tensor.requires_grad)
 
     def save(
         self,
@@ -221,19 +262,19 @@ class Model(nn.Module):
 
         return save(self, folder, slot, training, metrics)
 
+    @torch.no_grad()
     def _begin_soft_words(self) -> None:
         """Soft tokens that begin from words take these words' embeddings."""
-        parts = dict(self.parts())
-        row = 0
-        for block in self.features.soft_blocks:
-            if block.words is not None:
-                ids = torch.tensor(self.features.word_ids(block.words), device=self.device)
-                name = f"delta.0.{self.backbone.input_embedding}.p"
-                with torch.no_grad():
-                    parts[name][:, row : row + block.size] = self.backbone.model.get_input_embeddings()(ids).to(
-                        parts[name].dtype
-                    )
-            row += block.size
+        name = f"0.{self.backbone.input_embedding}.p"
+        for slot in range(self.adapted.slots):
+            features, row = self.reader(slot).features, 0
+            for block in features.soft_blocks:
+                if block.words is not None:
+                    tensor = dict(self.adapted.parts())[name]
+                    ids = torch.tensor(features.word_ids(block.words), device=self.device)
+                    words = self.backbone.model.get_input_embeddings()(ids)
+                    tensor[slot, row : row + block.size] = words.to(tensor.dtype)
+                row += block.size
 
 
 def read(
@@ -286,6 +327,22 @@ def at_answers(states: Tensor, answer_at: Tensor) -> Tensor:
     return states[rows, answer_at.clamp(min=0)]
 
 
+def _check_alike(readers: Sequence[Reader]) -> None:
+    """The tasks of one model have the same labels, and as many soft tokens, which are a delta of all."""
+    first = readers[0]
+    for other in readers[1:]:
+        if other.task.names != first.task.names:
+            raise ConfigError(
+                f"the tasks of one model have the same labels in the same order; got {list(first.task.names)} and "
+                f"{list(other.task.names)}"
+            )
+        if other.features.soft_rows != first.features.soft_rows:
+            raise ConfigError(
+                f"the templates of one model have as many soft tokens each; got {first.features.soft_rows} and "
+                f"{other.features.soft_rows}. Put those that differ in a model each"
+            )
+
+
 def adapt(backbone: Backbone, task: Task, deltas: Sequence[Delta] = (), seed: int = 0) -> Model:
     """A model for a task: the frozen backbone, its deltas in the order in which they act, and the task's verbalizer.
 
@@ -295,59 +352,6 @@ def adapt(backbone: Backbone, task: Task, deltas: Sequence[Delta] = (), seed: in
     if isinstance(model.verbalizer, Started) and model.verbalizer.texts(model.scorer.setting):
         model.start([])
     return model
-
-
-def features_of(backbone: Backbone, task: Task, verbalizer: Verbalizer, deltas: Sequence[Delta]) -> Features:
-    """The features of a task, with as many masks as the verbalizer's words need."""
-    if len(task.names) < 2 or len(set(task.names)) < len(task.names):
-        raise ConfigError(f"a task needs two labels or more, each once; got {list(task.names)}")
-    moved = sum(delta.by for delta in deltas if isinstance(delta, PositionShift))
-    limit = backbone.max_length - moved
-    if task.max_length is not None and not 1 <= task.max_length <= limit:
-        behind = f" behind positions moved on by {moved}" if moved else ""
-        raise ConfigError(
-            f"max_length {task.max_length} is not possible: this backbone takes 1 to {limit} tokens{behind}"
-        )
-    virtual = sum(delta.length for delta in deltas if isinstance(delta, VirtualTokens))
-    if virtual >= (task.max_length or limit):
-        raise ConfigError(
-            f"{virtual} virtual tokens leave no room in the {task.max_length or limit} tokens of a text; take fewer"
-        )
-    config = backbone.config
-    two = backbone.kind == "seq2seq"
-    sentinel = T5_SENTINEL if two and T5_SENTINEL in backbone.tokenizer.get_vocab() else None
-    features = Features(
-        backbone.tokenizer,
-        parse(task.template),
-        backbone.kind,
-        task.max_length or limit,
-        task.names,
-        soft_base=backbone.vocabulary,
-        prepend_soft=virtual,
-        decoder_start_id=config.get("decoder_start_token_id"),
-        sentinel=sentinel,
-    )
-    if not isinstance(verbalizer, Answers):
-        return features
-    if features.template.masks > 1:
-        raise ConfigError(
-            f"label words answer at one {{mask}}, and the template has {features.template.masks}; leave one, or use "
-            "soft or prototypes, which read the mean of the states at all of them"
-        )
-    setting = Setting(task.names, backbone.kind, backbone.width, features.answer_ids)
-    return replace(features, answer_lengths=verbalizer.answer_lengths(setting))
-
-
-def placed(deltas: Sequence[Delta], features: Features) -> list[Delta]:
-    """The deltas with soft prompts in their rows of virtual tokens, behind one for the template's own soft tokens."""
-    first, placed = 0, list[Delta]()
-    for delta in deltas:
-        if isinstance(delta, VirtualTokens):
-            delta, first = replace(delta, first=first), first + delta.length
-        placed.append(delta)
-    if features.soft_rows:
-        placed.insert(0, SoftPrompt(length=features.soft_rows, first=first))
-    return placed
 
 
 @contextmanager

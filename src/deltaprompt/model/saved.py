@@ -67,16 +67,16 @@ def save(
     Raises:
         StoreError: the folder cannot be written, or the record has what JSON cannot hold.
     """
-    kept = tensors(model, slot)
+    kept, reader = tensors(model, slot), model.reader(slot)
     record = {
         "deltaprompt": version(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "backbone": identity(model.backbone, model.task.template),
-        "template": model.task.template,
-        "labels": model.task.names,
-        "verbalizer": described("verbalizers", model.verbalizer),
+        "backbone": identity(model.backbone, reader.task.template),
+        "template": reader.task.template,
+        "labels": reader.task.names,
+        "verbalizer": described("verbalizers", reader.verbalizer),
         "deltas": [described("deltas", plain(delta)) for delta in model.chosen],
-        "max_length": model.features.max_length,
+        "max_length": reader.features.max_length,
         "parameters": sum(tensor.numel() for tensor in kept.values()),
         "training": training,
         "metrics": metrics,
@@ -136,7 +136,7 @@ def fill(model: Model, saved: Mapping[str, Tensor], slot: int = 0) -> None:
     Reparametrised deltas become the plain ones that are saved.
     """
     model.settle()
-    own = {name: tensor.detach()[slot] for name, tensor in model.parts()}
+    own = {name: tensor.detach()[at] for name, tensor, at in model.slot_parts(slot)}
     for name, tensor in own.items():
         if name not in saved:
             raise StoreError(f"the saved tensors lack {name!r}, which this model has; they are of another adaptation")

@@ -29,7 +29,7 @@ class Course:
         slot: its own.
         plan: what it is trained on, and how.
         kept: its folder, if it has one.
-        encode: examples as token ids.
+        encode: examples as token ids, of a slot.
     """
 
     def __init__(
@@ -38,15 +38,15 @@ class Course:
         slot: int,
         plan: Plan,
         kept: Kept | None,
-        encode: Callable[[Sequence[Example]], list[Encoded]],
+        encode: Callable[[Sequence[Example], int], list[Encoded]],
     ) -> None:
         self.model = model
         self.slot = slot
         self.plan = plan
         self.kept = kept
         self.training = plan.training
-        self.rows = encode(plan.train)
-        self.dev = encode(plan.dev) if plan.dev else []
+        self.rows = encode(plan.train, slot)
+        self.dev = encode(plan.dev, slot) if plan.dev else []
         t = plan.training
         self.order = Order([row.length for row in self.rows], t.batch_size, t.accumulate, plan.seed)
         self.total = t.total(self.order.epoch)
@@ -55,7 +55,8 @@ class Course:
 
     def begin(self, accelerator: Any) -> None:
         """Its tensors where they are now, and what a checkpoint has of it."""
-        self.parts = {name: nn.Parameter(tensor.data[self.slot]) for name, tensor in self.model.parts()}
+        own = self.model.slot_parts(self.slot)
+        self.parts = {name: nn.Parameter(tensor.data[at]) for name, tensor, at in own}
         optimizer = optimizer_for(self.parts, self.training)
         self.optimizer = accelerator.prepare_optimizer(optimizer, device_placement=accelerator.num_processes > 1)
         self.state = State(self.parts)
@@ -91,8 +92,8 @@ class Course:
 
     def take(self) -> list[Tensor]:
         """Its tensors, each with its own part of the model's gradient."""
-        for name, tensor in self.model.parts():
-            self.parts[name].grad = None if tensor.grad is None else tensor.grad[self.slot]
+        for name, tensor, at in self.model.slot_parts(self.slot):
+            self.parts[name].grad = None if tensor.grad is None else tensor.grad[at]
         return list(self.parts.values())
 
     def step(self, loss: float) -> None:
@@ -127,7 +128,7 @@ class Course:
 
     def result(self) -> Run:
         """What it came to."""
-        s, trainable = self.state, self.model.parameter_count()
+        s, trainable = self.state, self.model.parameter_count(self.slot)
         return Run(s.step, self._epochs(), s.best_step, s.best, s.history, s.seconds, s.stopped or "done", trainable)
 
     def best_so_far(self) -> str:

@@ -97,8 +97,8 @@ def fit(
 
 def seat_of(model: Model, slot: int, plan: Plan, folder: Path | None) -> Seat:
     """A seat, its plan checked."""
-    check(model, plan)
-    return Seat(slot, plan, folder, {} if folder is None else settings_of(model, plan))
+    check(model, slot, plan)
+    return Seat(slot, plan, folder, {} if folder is None else settings_of(model, slot, plan))
 
 
 def finished_at(seat: Seat) -> tuple[Run, dict[str, Tensor]] | None:
@@ -135,13 +135,14 @@ def trained(
     return runs
 
 
-def _once(model: Model) -> Callable[[Sequence[Example]], list[Encoded]]:
-    """`model.encode`; the same sequence of examples, which several plans may share, is encoded once."""
-    known: dict[int, list[Encoded]] = {}
+def _once(model: Model) -> Callable[[Sequence[Example], int], list[Encoded]]:
+    """`model.encode`; the same sequence of examples, which plans of one task may share, is encoded once."""
+    known: dict[tuple[int, int], list[Encoded]] = {}
 
-    def encode(examples: Sequence[Example]) -> list[Encoded]:
-        if id(examples) not in known:
-            known[id(examples)] = model.encode(examples)
-        return known[id(examples)]
+    def encode(examples: Sequence[Example], slot: int) -> list[Encoded]:
+        key = (id(examples), model.seats[slot][0])
+        if key not in known:
+            known[key] = model.encode(examples, slot)
+        return known[key]
 
     return encode

@@ -22,7 +22,7 @@ from deltaprompt.trainer.checkpoint import Checkpoints, hold_back_weights
 from deltaprompt.trainer.course import Course
 from deltaprompt.trainer.measure import measured
 from deltaprompt.trainer.order import draw_from
-from deltaprompt.trainer.passes import ENOUGH, Pass, by_length, common
+from deltaprompt.trainer.passes import ENOUGH, Pass, apart, by_length, common
 from deltaprompt.trainer.progress import Progress
 from deltaprompt.trainer.run import Metrics, Run
 from deltaprompt.trainer.streams import Shares, Streams
@@ -155,10 +155,18 @@ class Loop:
     def _passes(self, running: Sequence[Course]) -> list[Pass]:
         """The passes of the step to come; of several courses whose deltas draw nothing, by length."""
         passes = common([list(self._shares(course.batches())) for course in running])
-        if not self.several or self.draws:
+        if not self.several:
+            return passes
+        passes = [part for whole in passes for part in apart(whole, [self._sort(course) for course in running])]
+        if self.draws:
             return passes
         enough = ENOUGH.get(self.accelerator.device.type, ENOUGH["cuda"])
         return [part for whole in passes for part in by_length(whole, enough)]
+
+    def _sort(self, course: Course) -> tuple[int, int]:
+        """Courses of another sort than this do not share a pass: in rows for a text, or in tokens that answers have."""
+        number, reader = self.model.seats[course.slot][0], self.model.reader(course.slot)
+        return len(course.rows[0].variants), number if reader.continues else -1
 
     def _shares(self, batches: Sequence[list[Encoded]]) -> Iterator[tuple[list[Encoded], float]]:
         """This process's rows of every batch, and their share of the loss; where it has none, a row of no weight."""

@@ -20,6 +20,11 @@ def common(each: Sequence[Batches]) -> list[Pass]:
     return [[(n, *batch) for n, batch in enumerate(batches) if batch is not None] for batches in together]
 
 
+def apart(whole: Pass, sorts: Sequence[object]) -> list[Pass]:
+    """A pass in one for each sort of courses, in the order in which they come; `sorts` are those of the courses."""
+    return [[part for part in whole if sorts[part[0]] == sort] for sort in dict.fromkeys(sorts[n] for n, _, _ in whole)]
+
+
 def by_length(whole: Pass, enough: int) -> Iterator[Pass]:
     """A pass in several, of rows of about one length: less padding, and each of them with `enough` tokens.
 

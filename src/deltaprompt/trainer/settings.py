@@ -18,9 +18,9 @@ FREE = ("checkpoint_every", "checkpointing", "keep")  # options that change no n
 Examples = Sequence[Example]
 
 
-def check(model: Model, plan: Plan) -> None:
+def check(model: Model, slot: int, plan: Plan) -> None:
     """Raises where there is nothing to train, or nothing to train on."""
-    if model.parameter_count() == 0:
+    if model.parameter_count(slot) == 0:
         raise ConfigError("nothing in this model trains: add a delta (lora, …) or a verbalizer that learns (soft)")
     if not plan.train:
         raise ConfigError("there are no examples to train on")
@@ -32,14 +32,14 @@ def check(model: Model, plan: Plan) -> None:
             raise ConfigError(f"{name} example {bare} has no label; training needs one on each")
 
 
-def settings_of(model: Model, plan: Plan) -> dict[str, Any]:
+def settings_of(model: Model, slot: int, plan: Plan) -> dict[str, Any]:
     """By name, as JSON."""
     chosen = {name: value for name, value in asdict(plan.training).items() if name not in FREE}
     return {
         **{name: str(value) if value == math.inf else value for name, value in chosen.items()},
         "seed": plan.seed,
         "backbone": f"{model.backbone.name} ({model.backbone.fingerprint})",
-        "task": repr(model.task),
+        "task": repr(model.reader(slot).task),
         "deltas": repr(model.chosen),
         "train": _told(plan.train),
         "dev": _told(plan.dev or []),
