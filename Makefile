@@ -21,6 +21,7 @@ test check: $(READY)
 	@scripts/check
 
 bench: $(READY)
+	@.venv/bin/python -c 'import matplotlib' 2>/dev/null || $(PIP) -c constraints.txt -e '.[plots]'
 	@.venv/bin/python -m benchmarks
 
 clean:

@@ -1,4 +1,4 @@
-"""`make bench`: every benchmark, one table of ratios, `benchmarks/results.json`."""
+"""`make bench`: every benchmark, one table of ratios, `benchmarks/results.json` and a picture, `results.png`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.table import Table
 
 from benchmarks import delta_steps, kept_layers, many, memory, prompt_classification, shared_prefix, train_many
 from benchmarks.paired import Pair
+from benchmarks.plot import plot
 
 
 def table(pairs: list[Pair]) -> Table:
@@ -46,6 +47,7 @@ def main() -> None:
     show(pairs)
     out = Path(__file__).parent / "results.json"
     out.write_text(json.dumps({p.name: p.as_json() for p in pairs}, indent=1) + "\n")
+    plot(pairs, out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
