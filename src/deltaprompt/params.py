@@ -90,6 +90,11 @@ def drawn_by(noise: Noise) -> Iterator[None]:
         _noise.pop()
 
 
+def through(x: Tensor, m: Tensor) -> Tensor:
+    """x mᵀ [b, s, r] of x [b, s, in] and m [r, in], or [b, r, in] for each row its own, which is one kernel."""
+    return torch.bmm(x, m.mT) if m.ndim == 3 else x @ m.mT
+
+
 def plus(y: Tensor, h: Tensor, m: Tensor, scale: float) -> Tensor:
     """y + s · h m of y [b, s, out], h [b, s, r] and m [r, out], or [b, r, out] for each row its own.
 

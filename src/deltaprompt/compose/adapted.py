@@ -79,9 +79,10 @@ class Adapted(nn.Module):
         """As many more slots, whose tensors are zero until they are written."""
         for stack in cast(list[Stack], [*self.commons, *self.patches]):
             stack.grow(slots)
+        if self.slots == 1:
+            self.tell_layouts()
         self.slots += slots
         self.seeds += (0,) * slots
-        self.tell_layouts()
 
     # Attaching and removing
 

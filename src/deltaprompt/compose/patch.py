@@ -15,13 +15,14 @@ from deltaprompt.backbone.maps import map_of
 from deltaprompt.backbone.sites import Site
 from deltaprompt.compose.layout import Layout
 from deltaprompt.compose.placing import GATE, GATE_BIAS, gate_params
-from deltaprompt.compose.routing import Routing
+from deltaprompt.compose.routing import Gathered, Routing
 from deltaprompt.compose.stack import Common, Stack
 from deltaprompt.deltas._base import After, Before, Computed, Delta, KeyValue, Started
 from deltaprompt.errors import SiteError
 from deltaprompt.params import Map, Weights
 
 IDS = "input_ids"  # what transformers calls them
+NOTHING: Gathered = (None, 0, Weights({}, False))  # is gathered yet: no batch has 0 rows
 
 
 class Patch(Stack):
@@ -37,6 +38,7 @@ class Patch(Stack):
         super().__init__(params, slots, routing, like)
         self.number = number  # of the delta
         self.delta = delta
+        self.computes = isinstance(delta, Computed)
         self.site = site
         self._common = (common,)  # in a tuple: it is a module of the `Adapted`, once, and not of every patch
         self.entered: Tensor | None = None  # what entered the site, between the two hooks of one call
@@ -46,21 +48,21 @@ class Patch(Stack):
 
     def weights(self, rows: int, module: nn.Module | None = None) -> Weights:
         """What the maths sees: one slot's tensors, or one slot for each of `rows` rows."""
-        return self._seen(self.routed(rows), module, self.training)
+        routing = self.routing
+        if routing.gathered is None or self.computes or self.training or torch.is_grad_enabled():
+            return self._seen(self.routed(rows), module, self.training)
+        index, of, kept = routing.gathered.get(self, NOTHING)
+        if index is not routing.index or of != rows:
+            kept = self._seen(self.routed(rows), module, False)
+            routing.gathered[self] = routing.index, rows, kept
+        return kept
 
     def slot(self, index: int, module: nn.Module | None = None) -> Weights:
         """What the maths sees of one slot, not training."""
         return self._seen(index, module, False)
 
     def _seen(self, slot: int | Tensor, module: nn.Module | None, training: bool) -> Weights:
-        gathered = self.routing.gathered
-        steady = gathered is not None and isinstance(slot, Tensor) and not torch.is_grad_enabled()
-        if steady and self in gathered:  # type: ignore[operator]
-            return Weights(gathered[self], training, self._frozen(module))  # type: ignore[index]
-        tensors = self._picked(slot, training, module)
-        if steady and isinstance(tensors, Mapping):
-            gathered[self] = tensors  # type: ignore[index]
-        return Weights(tensors, training, self._frozen(module))
+        return Weights(self._picked(slot, training, module), training, self._frozen(module))
 
     def _frozen(self, module: nn.Module | None) -> Callable[[], Map] | None:
         return None if module is None else _Frozen(self, module)
@@ -70,9 +72,9 @@ class Patch(Stack):
     ) -> Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]]:
         """The tensors of one slot, or of one a row; of a delta that computes them, what does so when they are asked."""
         common = self._common[0]
-        own = {**self.tensors, **common.tensors}
+        own = {**self.own, **common.own}
         fixed = common.constants() if common.names else {}
-        if isinstance(self.delta, Computed):
+        if self.computes:
             return partial(self._computed, slot, own, fixed, training, self._frozen(module))
         return {**{n: _at(t, slot) for n, t in own.items()}, **fixed}
 
@@ -99,7 +101,7 @@ class Patch(Stack):
         if not isinstance(self.delta, Started):
             return
         for index in range(len(next(iter(self.tensors.values())))):
-            own = {**self.tensors, **self._common[0].tensors}
+            own = {**self.own, **self._common[0].own}
             w = Weights(
                 {n: t[index] for n, t in own.items()} | self._common[0].constants(), False, self._frozen(module)
             )
@@ -202,7 +204,7 @@ class Patch(Stack):
     def precision(self) -> torch.dtype | None:
         """What its tensors are kept in; None where it has none."""
         for stack in (self, self._common[0]):
-            for tensor in stack.tensors.values():
+            for tensor in stack.own.values():
                 return tensor.dtype
         return None
 
@@ -217,7 +219,7 @@ class Patch(Stack):
                 f"{self.site.name} sees tokens of all rows in an order of their own, as an expert does, so rows cannot "
                 "have an adaptation each there. Name one for all, or choose other sites, such as the block around it"
             )
-        rows = len(index) if self.routing.rows is None else self.routing.of
+        rows = index.shape[0] if self.routing.rows is None else self.routing.of
         if t.shape[0] == 1 < rows:
             raise SiteError(
                 f"{self.site.name} also maps what all rows of a batch share (DeBERTa's relative positions), so they "

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from deltaprompt.errors import ConfigError
+from deltaprompt.params import Weights
 
 Index = int | Tensor | None  # one slot for all rows, or a slot for each row [rows]; None is slot 0
+Gathered = tuple[Index, int, Weights]  # of that index and so many rows
 
 
 class Routing:
@@ -22,9 +24,7 @@ class Routing:
         self.of = 0  # rows in the batch, where `rows` are given
         self.each = 1  # rows that one row of `index` may stand for, which follow one another
         self.resting = False  # whether no row of the batch belongs here
-        self.gathered: dict[object, Mapping[str, Tensor]] | None = (
-            None  # each patch's tensors, where rows stay the same
-        )
+        self.gathered: dict[object, Gathered] | None = None  # what each patch's maths sees, where rows stay the same
 
     @contextmanager
     def at(self, index: Index, each: int = 1) -> Iterator[None]:

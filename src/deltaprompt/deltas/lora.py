@@ -11,7 +11,7 @@ from torch import Tensor
 from deltaprompt.backbone.sites import Site
 from deltaprompt.deltas._base import QUERIES, VALUES, After, Delta, Mergeable, Padded, Taxonomy
 from deltaprompt.errors import ConfigError
-from deltaprompt.params import Param, Weights, kaiming, plus, zeros
+from deltaprompt.params import Param, Weights, kaiming, plus, through, zeros
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class LoRA(Delta, After, Mergeable, Padded):
 
     def after(self, w: Weights, site: Site, x: Tensor, y: Tensor) -> Tensor:
         x = w.dropped(x, self.dropout)
-        return plus(y, x @ w["a"].mT, w["b"].mT, self.scale)  # [b, s, in] -> [b, s, r] -> [b, s, out]
+        return plus(y, through(x, w["a"]), w["b"].mT, self.scale)  # [b, s, in] -> [b, s, r] -> [b, s, out]
 
     def merged(self, w: Weights, site: Site, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + self.scale * (w["b"] @ w["a"]), bias
