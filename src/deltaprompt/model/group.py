@@ -17,8 +17,6 @@ from deltaprompt.deltas._base import Delta, Padded
 from deltaprompt.errors import StoreError
 from deltaprompt.registry import describe
 
-SPARE = 4  # a full group grows by one in so many of its slots
-
 
 def sort_of(deltas: Sequence[Delta]) -> str:
     """What adaptations of one group have in common: their deltas, but for the options that may differ there."""
@@ -37,10 +35,9 @@ class Group:
         self.adapted = Adapted(backbone, deltas).eval()
         self.adapted.routing.rest()
         self.adapted.tell_layouts()
-        self._free = [0]
-        if slots > 1:
-            self._grow(slots - 1)
         self.parts = dict(self.adapted.parts())
+        self._free = [0]
+        self.make_room(slots)
 
     @classmethod
     def of(cls, backbone: Backbone, wanted: Sequence[Sequence[Delta]], before: Group | None = None) -> Group:
@@ -59,15 +56,11 @@ class Group:
         return all(_width(own) >= _width(d) for each in wanted for own, d in zip(self.deltas, each, strict=True))
 
     def make_room(self, slots: int) -> None:
-        """That many free slots, at least; a full group grows in proportion, so that one more is as cheap on average."""
-        if len(self._free) < slots:
-            self._grow(max(slots - len(self._free), self.adapted.slots // SPARE if slots == 1 else 0))
-
-    def _grow(self, slots: int) -> None:
-        first = self.adapted.slots
-        self.adapted.grow(slots)
-        self._free = [*range(first + slots - 1, first - 1, -1), *self._free]
-        self.parts = dict(self.adapted.parts())
+        """That many free slots, at least; one more costs the same on average, however many there are."""
+        if (more := slots - len(self._free)) > 0:
+            first = self.adapted.slots
+            self.adapted.grow(more)
+            self._free = [*range(first + more - 1, first - 1, -1), *self._free]
 
     @torch.no_grad()
     def take(self, deltas: Sequence[Delta], saved: Mapping[str, Tensor]) -> int:
@@ -95,8 +88,7 @@ class Group:
         for number, (own, wide) in enumerate(zip(deltas, self.deltas, strict=True)):
             if own == wide or not isinstance(own, Padded):
                 continue
-            for site in {name.rpartition(".")[0] for name in saved if name.startswith(f"{number}.")}:
-                tensors = {name.rpartition(".")[2]: t for name, t in saved.items() if name.rpartition(".")[0] == site}
+            for site, tensors in _by_site(saved, number).items():
                 found |= {f"{site}.{n}": t for n, t in own.as_wide(cast(Any, wide), tensors).items()}
         return found
 
@@ -114,6 +106,16 @@ class Group:
     def remove(self) -> None:
         """Takes the group's deltas off the backbone."""
         self.adapted.remove()
+
+
+def _by_site(saved: Mapping[str, Tensor], number: int) -> Mapping[str, Mapping[str, Tensor]]:
+    """Of a delta's stored tensors, those of each site by their own names."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in saved.items():
+        if name.startswith(f"{number}."):
+            site, _, own = name.rpartition(".")
+            found.setdefault(site, {})[own] = tensor
+    return found
 
 
 def _width(delta: Delta) -> int:

@@ -6,11 +6,13 @@ patches as sorts of adaptations, not as adaptations, and one more is a slot that
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -28,9 +30,12 @@ from deltaprompt.model.saved import asked_of, check, identity, not_made
 from deltaprompt.model.task import Task
 from deltaprompt.templates import parse
 from deltaprompt.types import AtMask, Example
-from deltaprompt.verbalizers._base import Setting
+from deltaprompt.verbalizers._base import Setting, Verbalizer
 
+ASKED = ("template", "labels", "verbalizer", "max_length", "deltas")  # of a record: what its tensors are for
 VERBALIZER, DELTA = "verbalizer.", "delta."  # what the stored names of tensors begin with
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,11 +43,20 @@ class Entry:
     """One adaptation: how its texts are read and scored, and where its deltas are."""
 
     name: str
-    task: Task
-    features: Features
+    asked: Asked
     scorer: Scorer
     group: Group | None  # none without deltas
     slot: int
+
+    @property
+    def task(self) -> Task:
+        """What is asked."""
+        return self.asked.task
+
+    @property
+    def features(self) -> Features:
+        """How its texts become token ids."""
+        return self.asked.features
 
     @property
     def continues(self) -> bool:
@@ -67,6 +81,7 @@ class Many:
         self._entries: dict[str, Entry] = {}
         self._groups: dict[str, Group] = {}  # by sort
         self._identities: dict[bool, Mapping[str, Any]] = {}  # of the backbone, with a chat template and without
+        self._asked: WeakValueDictionary[str, Asked] = WeakValueDictionary()  # by what records say of it
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -111,11 +126,14 @@ class Many:
         """Opens adaptations by name: all records first, so that every group is made as large as it must be."""
         made: dict[str, Entry] = {}
         try:
-            planned = {name: self._planned(name, folder) for name, folder in folders.items()}
-            for sort in dict.fromkeys(plan.sort for plan in planned.values() if plan.deltas):
-                self._make_room(sort, [plan.deltas for plan in planned.values() if plan.sort == sort])
-            for name, plan in planned.items():
-                made[name] = plan.entry(self._groups.get(plan.sort) if plan.deltas else None)
+            planned = [self._planned(name, folder) for name, folder in folders.items()]
+            wanted: dict[str, list[Sequence[Any]]] = {}
+            for asked in (plan.asked for plan in planned if plan.asked.deltas):
+                wanted.setdefault(asked.sort, []).append(asked.deltas)
+            for sort, deltas in wanted.items():
+                self._make_room(sort, deltas)
+            for plan in planned:
+                made[plan.name] = plan.entry(self._groups[plan.asked.sort] if plan.asked.deltas else None)
         except BaseException:
             for entry in made.values():
                 if entry.group is not None:
@@ -136,9 +154,17 @@ class Many:
             self._identities[chat] = identity(self.backbone, record["template"])
         check(record, self._identities[chat], folder)
         try:
-            return Plan.of(name, folder, record, self.backbone)
+            asked = self._asked_of(record)
         except DeltaPromptError as e:
             raise not_made(record, folder, e) from e
+        return Plan(name, folder, record, asked, asked.scorer(self.backbone))
+
+    def _asked_of(self, record: Mapping[str, Any]) -> Asked:
+        """What a record asks for, made once for all records that ask for the same."""
+        key = json.dumps([record[part] for part in ASKED])
+        if (asked := self._asked.get(key)) is None:
+            asked = self._asked[key] = Asked.of(record, self.backbone)
+        return asked
 
     def _make_room(self, sort: str, wanted: Sequence[Sequence[Any]]) -> None:
         group = self._groups.get(sort)
@@ -149,7 +175,7 @@ class Many:
         for name, entry in self._entries.items():
             if group is not None and entry.group is group:
                 slot = self._groups[sort].take_over(group, entry.slot)
-                self._entries[name] = Entry(name, entry.task, entry.features, entry.scorer, self._groups[sort], slot)
+                self._entries[name] = replace(entry, group=self._groups[sort], slot=slot)
         if group is not None:
             group.remove()
 
@@ -186,7 +212,7 @@ class Many:
             try:
                 found |= self._scored(entries, rows, part)
             except SiteError:  # experts, for one, see tokens of all rows in an order of their own
-                for _, own in _by_entry([entries[i] for i in part]):
+                for _, own in _by([entries[i] for i in part]):
                     found |= self._scored(entries, rows, [part[i] for i in own])
         return [found[i] for i in range(len(rows))]
 
@@ -198,7 +224,7 @@ class Many:
         with self._alone(one) if one is not None else self._mixed(of, batch.variants):
             repeated = one.repeated if one is not None and one.continues else None
             at = read(self.backbone, batch, repeated, alike=one is not None)
-            for entry, own in _by_entry(of):
+            for entry, own in _by(of):
                 each = entry.scorer(_of_rows(at, own)).float().softmax(-1).cpu()
                 found |= zip([part[i] for i in own], each, strict=True)
         return found
@@ -232,6 +258,35 @@ class Many:
         return self._entries[name]
 
 
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What a record asks for, but for its tensors; adaptations that differ in nothing else share it."""
+
+    task: Task
+    features: Features
+    verbalizer: Verbalizer
+    setting: Setting
+    constants: Mapping[str, Tensor]  # of the verbalizer
+    deltas: Sequence[Any]
+    sort: str
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any], backbone: Backbone) -> Asked:
+        """What a record asks for on a backbone."""
+        task, deltas = asked_of(record)
+        verbalizer = task.settled(backbone)
+        features = features_of(backbone, task, verbalizer, deltas)
+        setting = Setting(task.names, backbone.kind, backbone.width, features.answer_ids)
+        all_deltas = placed(deltas, features)
+        constants = verbalizer.constants(setting)
+        return cls(task, features, verbalizer, setting, constants, all_deltas, sort_of(all_deltas))
+
+    def scorer(self, backbone: Backbone) -> Scorer:
+        """A verbalizer whose tensors are to be written."""
+        like = next(backbone.model.parameters())
+        return Scorer(self.verbalizer, self.setting, self.constants, 1, Routing(), like).eval()
+
+
 @dataclass(frozen=True)
 class Plan:
     """An adaptation whose record is read and found good, and whose tensors are not read yet."""
@@ -239,23 +294,8 @@ class Plan:
     name: str
     folder: str | Path
     record: Mapping[str, Any]
-    task: Task
-    features: Features
+    asked: Asked
     scorer: Scorer
-    deltas: Sequence[Any]
-    sort: str
-
-    @classmethod
-    def of(cls, name: str, folder: str | Path, record: Mapping[str, Any], backbone: Backbone) -> Plan:
-        """What a record asks for."""
-        task, deltas = asked_of(record)
-        verbalizer = task.settled(backbone)
-        features = features_of(backbone, task, verbalizer, deltas)
-        setting = Setting(task.names, backbone.kind, backbone.width, features.answer_ids)
-        like = next(backbone.model.parameters())
-        scorer = Scorer(verbalizer, setting, verbalizer.constants(setting), 1, Routing(), like).eval()
-        all_deltas = placed(deltas, features)
-        return cls(name, folder, record, task, features, scorer, all_deltas, sort_of(all_deltas))
 
     @torch.no_grad()
     def entry(self, group: Group | None) -> Entry:
@@ -268,10 +308,10 @@ class Plan:
                 raise StoreError("the saved tensors of the verbalizer are not those that it has")
             for name, tensor in own.items():
                 self.scorer.tensors[name][0].copy_(tensor)
-            slot = 0 if group is None else group.take(self.deltas, deltas)
+            slot = 0 if group is None else group.take(self.asked.deltas, deltas)
         except StoreError as e:
             raise StoreError(f"{self.folder}: {e}") from e
-        return Entry(self.name, self.task, self.features, self.scorer, group, slot)
+        return Entry(self.name, self.asked, self.scorer, group, slot)
 
 
 def open_many(folders: Iterable[str | Path] | Mapping[str, str | Path], backbone: Backbone) -> Many:
@@ -308,17 +348,17 @@ def _name(folder: str | Path) -> str:
 def _encoded(entries: Sequence[Entry], examples: Sequence[Example]) -> list[Encoded]:
     """The rows as token ids, each as its adaptation's template has it."""
     rows: dict[int, Encoded] = {}
-    for entry, numbers in _by_entry(entries):
-        rows |= zip(numbers, entry.features.encode([examples[i] for i in numbers]), strict=True)
+    for asked, numbers in _by([entry.asked for entry in entries]):
+        rows |= zip(numbers, asked.features.encode([examples[i] for i in numbers]), strict=True)
     return [rows[i] for i in range(len(entries))]
 
 
-def _by_entry(entries: Sequence[Entry]) -> Iterable[tuple[Entry, list[int]]]:
-    """Each adaptation and the numbers of its rows."""
+def _by(of: Sequence[T]) -> Iterable[tuple[T, list[int]]]:
+    """Each object and the numbers of its rows."""
     numbers: dict[int, list[int]] = {}
-    for i, entry in enumerate(entries):
-        numbers.setdefault(id(entry), []).append(i)
-    return [(entries[rows[0]], rows) for rows in numbers.values()]
+    for i, one in enumerate(of):
+        numbers.setdefault(id(one), []).append(i)
+    return [(of[rows[0]], rows) for rows in numbers.values()]
 
 
 def _parts(entries: Sequence[Entry], rows: Sequence[Encoded], batch_size: int) -> Iterable[list[int]]:

@@ -180,9 +180,12 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerFast, chat: bool = False) -> 
     Its file is no measure: releases of the tokenizers package write the same tokenizer in different ways, and its last
     truncation is part of it. A chat template counts where `chat` says that it is used.
     """
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("merges", [])
+    from tokenizers.models import BPE
+
+    backend, vocabulary = tokenizer.backend_tokenizer, tokenizer.get_vocab()
+    merges = json.loads(backend.to_str())["model"]["merges"] if isinstance(backend.model, BPE) else []
     parts = [
-        sorted(tokenizer.get_vocab().items()),
+        [(token, vocabulary[token]) for token in sorted(vocabulary)],
         [merge if isinstance(merge, str) else " ".join(merge) for merge in merges],  # written both ways
         [str(tokenizer.special_tokens_map.get(role)) for role in ROLES],
         tokenizer(list(PROBES), padding=False, truncation=False, verbose=False)["input_ids"],
