@@ -1,21 +1,25 @@
 """Many adaptations on one BERT of 12 layers, 768 wide: opening them, and batches whose rows have one each.
 
 The peer is peft: `load_adapter` one after another, and `adapter_names` in forward. The bare backbone is the measure of
-what a batch of one token a row, as in decoding, costs with them.
+what a batch of one token a row, as in decoding, costs with them, and a bare linear map that of one layer.
+
+Opening takes the same time again in the same process: the backbone's weights and tokenizer are compared every time.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 import deltaprompt as dp
 from benchmarks.delta_steps import encoder
@@ -26,6 +30,8 @@ from deltaprompt.compose import Adapted
 from deltaprompt.deltas._base import Delta
 
 RANK, FEW, MANY, LOADED, ROWS, STEPS = 8, 50, 1000, 64, 16, 8
+WIDTH, TOKENS, CALLS = 64, 4, 1000  # of the one layer: its width, tokens a row, calls in one round
+DISTINCT = (1, 8, ROWS)  # adaptations in a batch
 LORA = dp.LoRA(rank=RANK, at=("attn.q", "attn.v"))
 METHODS: tuple[Delta, ...] = (LORA, dp.Adapter(), dp.Prefix(length=10), dp.SoftPrompt(length=1))
 
@@ -86,24 +92,93 @@ def opening(few: int, many: int, rounds: int) -> list[Pair]:
             warm_up=0,
         )
         added = [_added(ours, on) for _ in range(rounds)]
+        alone = [(_one_more(ours, on), _one_more(ours[:2], on)) for _ in range(rounds)]
     return [
         pair(f"opening {few} LoRAs from disk: against peft", opened["few"], opened["peft"]),
         pair(f"opening {few}: opening {many} takes so many times that", opened["few"], opened["many"]),
-        pair(f"adding the last of {many}: the second takes so many times that", *zip(*added, strict=True)),  # type: ignore[arg-type]
+        *(
+            pair(f"adding one of {many} ({how}), the last tenth: the first takes so many times that", *_lists(each))
+            for how, each in zip(("median", "mean"), zip(*added, strict=True), strict=True)
+        ),
+        pair(f"adding one to {many - 1} opened at once: one to one takes so many times that", *_lists(alone)),
     ]
 
 
-def _added(folders: Sequence[Path], on: Backbone) -> tuple[float, float]:
-    """Milliseconds that adding the last ones and the second ones take, the middle of a few each."""
+def _lists(times: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """Ours and the peer's of every round."""
+    return [ours for ours, _ in times], [peer for _, peer in times]
+
+
+def _added(folders: Sequence[Path], on: Backbone) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Milliseconds that adding one takes in the last tenth and in the first, as medians and as means.
+
+    A stack that is full moves to a place with twice the room: the mean has these few dear additions, the median does
+    not.
+    """
     many = dp.open_many(folders[:1], on)
-    took = []
-    for folder in folders[1:]:
-        start = time.perf_counter()
-        many.add(folder)
-        took.append((time.perf_counter() - start) * 1000)
+    took = [_milliseconds(partial(many.add, folder)) for folder in folders[1:]]
     many.remove()
     ends = max(len(took) // 10, 1)
-    return sum(took[-ends:]) / ends, sum(took[:ends]) / ends
+    median, mean = ((how(took[-ends:]), how(took[:ends])) for how in (statistics.median, statistics.fmean))
+    return median, mean
+
+
+def _one_more(folders: Sequence[Path], on: Backbone) -> float:
+    """Milliseconds that adding one takes where all others were opened at once."""
+    many = dp.open_many(folders[:-1], on)
+    took = _milliseconds(partial(many.add, folders[-1]))
+    many.remove()
+    return took
+
+
+def _milliseconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) * 1000
+
+
+def one_layer(rounds: int) -> list[Pair]:
+    """Microseconds of one LoRA layer in a batch of 16 rows of 4 tokens, its linear map's own among them."""
+    torch.manual_seed(0)
+    x = torch.randn(ROWS, TOKENS, WIDTH)
+    layers = {str(n): _our_layer(x, torch.arange(ROWS) % n * (LOADED // ROWS)) for n in DISTINCT}
+    layers |= {f"peft {n}": _peft_layer(x, [f"a{i % n * (LOADED // ROWS)}" for i in range(ROWS)]) for n in DISTINCT}
+    layers["bare"] = partial(torch.nn.Linear(WIDTH, WIDTH), x)
+    with torch.no_grad():
+        took = turns({name: partial(_calls, layer) for name, layer in layers.items()}, rounds)
+    peers = [("its linear map alone", n, "bare") for n in DISTINCT] + [("peft", n, f"peft {n}") for n in DISTINCT]
+    return [
+        replace(pair(f"one LoRA layer, {n} of {LOADED} distinct: against {peer}", took[str(n)], took[its]), unit="µs")
+        for peer, n, its in peers
+    ]
+
+
+def _calls(layer: Callable[[], object]) -> None:
+    """So many that milliseconds of all are microseconds of one."""
+    for _ in range(CALLS):
+        layer()
+
+
+def _our_layer(x: torch.Tensor, index: torch.Tensor) -> Callable[[], object]:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(demo_folder())
+    adapted = Adapted(wrap(_narrow(), tokenizer, kind="encoder", name=""), [LORA], LOADED).eval()
+    adapted.routing.index, adapted.routing.gathered = index, {}  # as within `adapted.generating(index)`
+    return partial(adapted.model.encoder.layer[0].attention.self.query, x)
+
+
+def _peft_layer(x: torch.Tensor, names: Sequence[str]) -> Callable[[], object]:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=RANK, target_modules=["query", "value"])
+    model = get_peft_model(_narrow(), config, adapter_name="a0")
+    for number in range(1, LOADED):
+        model.add_adapter(f"a{number}", config)
+    model.eval()
+    return partial(model.base_model.model.encoder.layer[0].attention.self.query, x, adapter_names=names)
+
+
+def _narrow() -> BertModel:
+    return BertModel(BertConfig(hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=4, intermediate_size=128))
 
 
 def decoding(rounds: int) -> list[Pair]:
@@ -112,13 +187,13 @@ def decoding(rounds: int) -> list[Pair]:
     own, several, bare = backbone(), backbone(), encoder("base").eval()
     lora = Adapted(own, [LORA], LOADED).eval()
     groups = [Adapted(several, [delta], LOADED // len(METHODS)).eval() for delta in METHODS]
-    runs = {f"{n}": partial(_one_method, lora, ids, torch.arange(ROWS) % n * (LOADED // ROWS)) for n in (1, 8, ROWS)}
+    runs = {f"{n}": partial(_one_method, lora, ids, torch.arange(ROWS) % n * (LOADED // ROWS)) for n in DISTINCT}
     runs |= {"bare": lambda: _steps(bare, ids), "mixed": lambda: _methods(groups, ids), "peft": _by_peft(ids)}
     with torch.no_grad():
         took = turns(runs, rounds, warm_up=2)
     name, bare_time = f"{STEPS} tokens for {ROWS} rows", took["bare"]
     return [
-        *(pair(f"{name}, {n} of {LOADED} LoRAs: against none", took[n], bare_time) for n in ("1", "8", f"{ROWS}")),
+        *(pair(f"{name}, {n} of {LOADED} LoRAs: against none", took[f"{n}"], bare_time) for n in DISTINCT),
         pair(f"{name}, {ROWS} LoRAs: against peft", took[f"{ROWS}"], took["peft"]),
         pair(f"{name}, {len(METHODS)} methods: against none", took["mixed"], bare_time),
     ]
@@ -163,4 +238,4 @@ def run(rounds: Mapping[str, int]) -> list[Pair]:
     """All of it; fewer adaptations where there are few rounds."""
     quick = rounds["base"] < 5
     few, many, opened = (5, 20, 1) if quick else (FEW, MANY, 3)
-    return [*opening(few, many, opened), *decoding(rounds["base"])]
+    return [*opening(few, many, opened), *one_layer(rounds["mini"]), *decoding(rounds["base"])]

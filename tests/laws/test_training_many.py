@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from deltaprompt.features.features import Row
 from deltaprompt.model import Model, Task
 from deltaprompt.params import Weights
 from deltaprompt.trainer import Plan, Run, Training, fit, fit_many
-from deltaprompt.trainer.passes import ENOUGH, by_length
+from deltaprompt.trainer.passes import MOST, by_length
 from deltaprompt.trainer.streams import Shares, Streams
 from deltaprompt.types import Example
 from deltaprompt.verbalizers.label_words import LabelWords
@@ -63,7 +64,7 @@ VERBALIZERS = {"label_words": LabelWords(WORDS), "prototypes": Prototypes(), "so
 @pytest.fixture(autouse=True)
 def small_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the few tokens of these texts make several passes."""
-    monkeypatch.setitem(ENOUGH, "cpu", 40)
+    monkeypatch.setitem(MOST, "cpu", 40)
 
 
 def made(backbone: Backbone, delta: Delta, verbalizer: Any, seeds: Sequence[int]) -> Model:
@@ -167,13 +168,31 @@ def test_dropout_is_drawn_as_alone() -> None:
                 assert torch.equal(own, torch.dropout(torch.ones_like(own), 0.5, True))
 
 
+def test_passes_cost_as_little_as_they_can() -> None:
+    """Against all splits of rows that lie in the order of their lengths."""
+    lengths = [3, 40, 9, 8, 41, 4, 39, 17]
+    whole = [(0, [Encoded((Row(list(range(n)), [0]),), 0) for n in lengths], 1.0)]
+    ordered = sorted(lengths, reverse=True)
+
+    def price(passes: list[list[int]], cost: float) -> float:
+        return sum(cost + max(own) * len(own) for own in passes)
+
+    for cost in (1, 20, 100, 500):
+        found = [[row.length for _, own, _ in one for row in own] for one in by_length(whole, cost, 10_000)]
+        cuts = product((False, True), repeat=len(ordered) - 1)
+        splits = ([0, *(i + 1 for i, cut in enumerate(some) if cut), len(ordered)] for some in cuts)
+        least = min(price([ordered[a:b] for a, b in pairwise(split)], cost) for split in splits)
+        assert price(found, cost) == least
+
+
 def test_rows_of_one_length_share_a_pass() -> None:
     rows = [Encoded((Row(list(range(length)), [0]),), 0) for length in (3, 40, 9, 8, 41, 4, 39)]
     whole = [(0, rows[:3], 1.0), (1, rows[3:], 0.5)]
-    passes = list(by_length(whole, 100))
+    passes = list(by_length(whole, 10, 1000))
     assert [[row.length for _, own, _ in one for row in own] for one in passes] == [[40, 41, 39], [9, 3, 8, 4]]
     for course, _, share in whole:
         assert sum(s for one in passes for n, _, s in one if n == course) == pytest.approx(share)
-    assert list(by_length(whole, 10_000)) == [
+    assert [len(own) for one in by_length(whole, 10, 50) for _, own, _ in one] == [1, 1, 1, 2, 2]
+    assert list(by_length(whole, 10_000, 10_000)) == [
         [(0, [rows[1], rows[2], rows[0]], 1.0), (1, [rows[4], rows[6], rows[3], rows[5]], 0.5)]
     ]

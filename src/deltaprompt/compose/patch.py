@@ -152,7 +152,7 @@ class Patch(Stack):
             return k, v
         if rows is None:
             return self._key_value(k, v)
-        new = self._key_value(k[rows], v[rows])
+        new = self._key_value(k.index_select(0, rows), v.index_select(0, rows))
         added = new[0].shape[-2] - k.shape[-2]  # columns that other rows have too, and do not see
         wide = (functional.pad(t, (0, 0, added, 0)) for t in (k, v))
         return tuple(t.index_copy(0, rows, n) for t, n in zip(wide, new, strict=True))  # type: ignore[return-value]
@@ -194,7 +194,7 @@ class Patch(Stack):
         else:
             weights = self.weights(len(routing.rows), module)
             whole = _ready(seen[-1], rows, None)
-            mine = (_ready(_ready(t, rows, None)[routing.rows], len(routing.rows), own) for t in seen)
+            mine = (_ready(_ready(t, rows, None).index_select(0, routing.rows), len(routing.rows), own) for t in seen)
             new = whole.index_copy(0, routing.rows, maths(weights, self.site, *mine).to(last.dtype))
         new = new if new.dtype is last.dtype else new.to(last.dtype)
         if new.shape != seen[-1].shape:

@@ -22,7 +22,7 @@ from deltaprompt.trainer.checkpoint import Checkpoints, hold_back_weights
 from deltaprompt.trainer.course import Course
 from deltaprompt.trainer.measure import measured
 from deltaprompt.trainer.order import draw_from
-from deltaprompt.trainer.passes import ENOUGH, Pass, apart, by_length, common
+from deltaprompt.trainer.passes import MOST, Pass, apart, by_length, common, cost_of
 from deltaprompt.trainer.progress import Progress
 from deltaprompt.trainer.run import Metrics, Run
 from deltaprompt.trainer.streams import Shares, Streams
@@ -160,8 +160,9 @@ class Loop:
         passes = [part for whole in passes for part in apart(whole, [self._sort(course) for course in running])]
         if self.draws:
             return passes
-        enough = ENOUGH.get(self.accelerator.device.type, ENOUGH["cuda"])
-        return [part for whole in passes for part in by_length(whole, enough)]
+        device = self.accelerator.device.type
+        cost, most = cost_of(self.model.backbone.width, device), MOST.get(device, MOST["cuda"])
+        return [part for whole in passes for part in by_length(whole, cost, most)]
 
     def _sort(self, course: Course) -> tuple[int, int]:
         """Courses of another sort than this do not share a pass: in rows for a text, or in tokens that answers have."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
+
+import numpy as np
 
 from deltaprompt.features import Encoded
 
@@ -11,7 +13,8 @@ Part = tuple[int, list[Encoded], float]  # a course's number, rows of it, and th
 Pass = list[Part]
 Batches = Sequence[tuple[list[Encoded], float]]  # of one course in a step, with their shares
 
-ENOUGH = {"cpu": 256, "cuda": 8192}  # tokens that keep a machine busy: products of matrices gain little from more
+MOST = {"cpu": 1024, "cuda": 8192}  # tokens that keep a machine busy; more of them only take memory
+COSTS = {"cpu": (3.5e6, 10), "cuda": (1.7e9, 512)}  # what a pass's calls cost, in tokens × width², and the least
 
 
 def common(each: Sequence[Batches]) -> list[Pass]:
@@ -25,20 +28,35 @@ def apart(whole: Pass, sorts: Sequence[object]) -> list[Pass]:
     return [[part for part in whole if sorts[part[0]] == sort] for sort in dict.fromkeys(sorts[n] for n, _, _ in whole)]
 
 
-def by_length(whole: Pass, enough: int) -> Iterator[Pass]:
-    """A pass in several, of rows of about one length: less padding, and each of them with `enough` tokens.
+def by_length(whole: Pass, cost: float, most: int) -> Iterator[Pass]:
+    """A pass in several, of rows of about one length: the split with the smallest Σ (cost + longest × rows).
 
-    The last may have fewer, where taking its rows in before would add half as many tokens of padding.
+    Found exactly: of rows in the order of their lengths, the best split of the first i ends with the best of some first
+    j and one pass of the rows from j to i, which has `most` tokens at most.
     """
     rows = [(row, n, share / len(own)) for n, own, share in whole for row in own]
     rows.sort(key=lambda one: -one[0].length)
-    left, start = sum(row.length for row, _, _ in rows), 0
-    while start < len(rows):
-        longest, end, taken = rows[start][0].length, start, 0
-        while end < len(rows) and (taken < enough or longest * (len(rows) - end) - left < enough // 2):
-            taken, left, end = taken + longest, left - rows[end][0].length, end + 1
-        yield _parts(rows[start:end])
-        start = end
+    longest, best, start = np.array([row.length for row, _, _ in rows]), np.zeros(len(rows) + 1), [0]
+    for i in range(1, len(rows) + 1):
+        tokens = longest[:i] * np.arange(i, 0, -1)  # of a pass of the rows from each j to i
+        totals = best[:i] + cost + np.where(tokens > most, np.inf, tokens)
+        totals[-1] = best[i - 1] + cost + tokens[-1]  # a row alone is a pass, however long
+        start.append(int(totals.argmin()))
+        best[i] = totals[start[-1]]
+    cuts = [len(rows)]
+    while cuts[-1]:
+        cuts.append(start[cuts[-1]])
+    for first, end in pairwise(reversed(cuts)):
+        yield _parts(rows[first:end])
+
+
+def cost_of(width: int, device: str) -> float:
+    """What a pass costs beside its tokens, in tokens of a model of that width.
+
+    Measured on two CPU cores at widths 256 and 768. A token's own part grows with the square of the width.
+    """
+    calls, least = COSTS.get(device, COSTS["cuda"])
+    return least + calls / width**2
 
 
 def _parts(rows: Sequence[tuple[Encoded, int, float]]) -> Pass:
