@@ -6,9 +6,11 @@ from collections.abc import Iterable, Sequence
 
 from deltaprompt.cli.console import note
 from deltaprompt.cli.recipe import DataTable, Recipe
+from deltaprompt.cli.task import TEMPLATES
 from deltaprompt.data import few_shot, read, split
 from deltaprompt.data.formats import HUB
 from deltaprompt.errors import ConfigError
+from deltaprompt.templates import parse
 from deltaprompt.types import Example
 
 SPLITS = {"train": "train", "dev": "validation", "test": "test"}  # the usual names of a hub dataset's splits
@@ -41,13 +43,18 @@ class Deal:
     def __call__(self, seed: int) -> Sets:
         """Shots from the training rows, with as many to choose by; without shots all rows, a tenth of them held out."""
         held = self.dev is None and self.recipe.data.hold_out
+        train, dev = self.train, list[Example]()
         if self.recipe.shots is not None:
             train, dev = few_shot(self.train, self.recipe.shots, seed, dev=held)
         elif held:
             train, dev = split(self.train, DEV_SHARE, seed)
-        else:
-            train, dev = list(self.train), []
         return train, (dev if held else self.dev) or None
+
+
+def fields_of(recipe: Recipe) -> frozenset[str]:
+    """The fields that a recipe's templates have, of a grid all of them together."""
+    templates = recipe.grid.template or (recipe.task.template or TEMPLATES["encoder"],)
+    return frozenset(name for template in templates for name in parse(template).fields)
 
 
 def training_file(recipe: Recipe) -> str:

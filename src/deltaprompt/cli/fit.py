@@ -12,9 +12,12 @@ from deltaprompt.cli import console, options
 from deltaprompt.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from deltaprompt.cli.recipe import Recipe
+    from deltaprompt.deltas._base import Delta
     from deltaprompt.model import Task
-    from deltaprompt.trainer import SeedsResult
+    from deltaprompt.trainer import GridResult, SeedsResult
 
 
 def fit(
@@ -38,6 +41,7 @@ def fit(
     device: options.Device = None,
     dtype: options.Dtype = None,
     seeds: options.Seeds = None,
+    grid: options.Grid = None,
     together: options.Together = None,
     epochs: options.Epochs = None,
     steps: options.Steps = None,
@@ -51,7 +55,9 @@ def fit(
     debug: options.Debug = False,
 ) -> None:
     """Adapt a backbone to a task, from a recipe, from options, or both (options win)."""
+    from deltaprompt.cli.grid import show as show_grid
     from deltaprompt.cli.recipe import build, overlaid, read_toml
+    from deltaprompt.trainer import GridResult
     from deltaprompt.trainer.accelerated import is_main
 
     chosen = build(overlaid({} if recipe is None else read_toml(recipe), _tables(context.params)))
@@ -67,7 +73,9 @@ def fit(
         raise
     if not is_main():  # of several processes (torchrun) one speaks
         return
-    if as_json:
+    if isinstance(result, GridResult):
+        console.print_json(result.as_json()) if as_json else show_grid(result, chosen.grid.axes)
+    elif as_json:
         console.print_json(result.as_json() | {"test": result.test or None})
     else:
         _show(result)
@@ -75,7 +83,7 @@ def fit(
 
 def _tables(given: dict[str, Any]) -> dict[str, Any]:
     """The options of the command line in the form of a recipe's tables."""
-    from deltaprompt.cli.recipe import labels_of, pairs, variant_of
+    from deltaprompt.cli.recipe import grid_of, labels_of, pairs, variant_of
 
     deltas, verbalizer = given["delta"], given["verbalizer"]
     none = deltas == ["none"]
@@ -96,53 +104,76 @@ def _tables(given: dict[str, Any]) -> dict[str, Any]:
             "hold_out": False if given["no_dev"] else None,
         },
         "training": {name: given[name] for name in training} | {"checkpointing": given["checkpointing"] or None},
+        "grid": grid_of(given["grid"]) if given["grid"] else None,
         "deltas": [] if none else [variant_of("deltas", text) for text in deltas] if deltas else None,
         **{name: given[name] for name in ("seeds", "together", "shots", "out")},
     }
 
 
-def _run(recipe: Recipe, resume: bool) -> SeedsResult:
+def _run(recipe: Recipe, resume: bool) -> SeedsResult | GridResult:
     """Loads, trains and measures."""
     from deltaprompt.backbone import load
-    from deltaprompt.cli.data import Deal, rows, training_file
-    from deltaprompt.cli.task import TEMPLATES, deltas_for, task_for
+    from deltaprompt.cli.data import Deal, fields_of, rows, training_file
+    from deltaprompt.cli.grid import cells_of
+    from deltaprompt.cli.task import deltas_for, task_for
     from deltaprompt.data import labels_of
     from deltaprompt.model import Model
-    from deltaprompt.templates import parse
-    from deltaprompt.trainer import fit_seeds
-    from deltaprompt.trainer.accelerated import is_main
+    from deltaprompt.trainer import fit_grid, fit_seeds
 
     source = training_file(recipe)
-    fields = parse(recipe.task.template or TEMPLATES["encoder"]).fields
+    fields = fields_of(recipe)
     train = rows(source, recipe.data, fields, "train")
     dev = None if recipe.data.dev is None else rows(recipe.data.dev, recipe.data, fields, "dev")
     test = None if recipe.data.test is None else rows(recipe.data.test, recipe.data, fields, "test")
     b = recipe.backbone
     backbone = load(b.name, kind=b.kind, device=b.device, dtype=b.dtype, attention=b.attention, revision=b.revision)
     deltas = deltas_for(backbone) if recipe.deltas is None else recipe.deltas
-    task = task_for(recipe.task, backbone, labels_of(train))
-    if is_main():
-        _told(recipe, task, [type(delta).__name__ for delta in deltas], backbone.kind)
+    seeds, together, out = recipe.seeds, recipe.together, recipe.out
+    if recipe.grid.axes:
+        cells = cells_of(recipe, backbone, train, dev)
+        _told(recipe, [cell.task for cell in cells], deltas, backbone.kind)
+        return fit_grid(
+            lambda tasks, seeds: Model(backbone, tasks, deltas, seeds),
+            cells,
+            test,
+            seeds=seeds,
+            together=together,
+            out=out,
+            resume=resume,
+        )
+    task, deal = task_for(recipe.task, backbone, labels_of(train)), Deal(recipe, train, dev)
+    _told(recipe, [task], deltas, backbone.kind)
     return fit_seeds(
         lambda seeds: Model(backbone, task, deltas, seeds),
-        Deal(recipe, train, dev),
+        deal,
         test,
-        seeds=recipe.seeds,
+        seeds=seeds,
         training=recipe.training,
-        together=recipe.together,
-        out=recipe.out,
+        together=together,
+        out=out,
         resume=resume,
     )
 
 
-def _told(recipe: Recipe, task: Task, deltas: list[str], kind: str) -> None:
+def _told(recipe: Recipe, tasks: Sequence[Task], deltas: Sequence[Delta], kind: str) -> None:
     """What is about to be done, and which of it was not asked for but chosen."""
-    template = f"template {task.template!r}" + ("" if recipe.task.template else f" (the default for the kind {kind})")
-    names = (" + ".join(deltas) or "no delta") + (" on every linear map (the default)" if recipe.deltas is None else "")
-    console.note(
-        f"{recipe.backbone.name}: {template}, {names}, {type(task.verbalizer).__name__}, {len(task.names)} labels"
-    )
-    if recipe.task.labels is None:
+    from deltaprompt.cli.grid import note_grid
+    from deltaprompt.trainer.accelerated import is_main
+
+    if not is_main():
+        return
+    templates = list(dict.fromkeys(task.template for task in tasks))
+    chosen = not recipe.task.template and not recipe.grid.template
+    template = f"template {templates[0]!r}" + (f" (the default for the kind {kind})" if chosen else "")
+    if len(templates) > 1:
+        template = f"{len(templates)} templates"
+    names = " + ".join(type(delta).__name__ for delta in deltas) or "no delta"
+    names += " on every linear map (the default)" if recipe.deltas is None else ""
+    verbalizers = " or ".join(dict.fromkeys(type(task.verbalizer).__name__ for task in tasks))
+    if recipe.grid.axes:
+        note_grid(recipe)
+    console.note(f"{recipe.backbone.name}: {template}, {names}, {verbalizers}, {len(tasks[0].names)} labels")
+    if recipe.task.labels is None and recipe.grid.labels is None:
         console.note(
             "labels stand for themselves; a sentence or a word for each (--describe label=…) mostly does better"
         )

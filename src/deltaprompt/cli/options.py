@@ -95,11 +95,21 @@ Dtype = Annotated[str | None, _option("--dtype", help="float32 (the default), bf
 Seeds = Annotated[
     str | None, _option("--seeds", help="Such as 0-4 or 0,3,7; default: 0.", panel=TRAINING, metavar="SEEDS")
 ]
+Grid = Annotated[
+    list[str] | None,
+    _option(
+        "--grid",
+        help="Try several, each with each: learning_rate=1e-4,5e-4, shots=4,16, template=TEXT, labels=FILE (the last "
+        "two once a value). Repeat.",
+        panel=TRAINING,
+        metavar="NAME=VALUE",
+    ),
+]
 Together = Annotated[
     int | None,
     _option(
         "--together",
-        help="Seeds that train in one pass, the result the same; less is less memory. Default: 8.",
+        help="Seeds, and cells of a grid, that train in one pass: the same result, less memory with less. Default: 8.",
         panel=TRAINING,
         metavar="N",
     ),

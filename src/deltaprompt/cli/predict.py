@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from deltaprompt.types import Example
 
 STDIN = "-"
+BEST: dict[str, tuple[str, Callable[[Any], str]]] = {  # what a folder of several holds, and the name of the best
+    "seeds.json": ("several seeds", lambda told: f"seed-{told['best_seed']}"),
+    "grid.json": ("a grid", lambda told: f"{told['best']['name']}_seed-{told['best']['seed']}"),
+}
 BATCHES_AT_ONCE = 8  # sorted by length together; more would make a slow pipe wait longer for its first answer
 Source = Annotated[
     str,
@@ -91,7 +95,7 @@ def evaluate(
 
 
 def opened(folder: Path, backbone: str | None, device: str | None) -> Model:
-    """The adaptation in a folder; of a folder of several seeds, the one that was best on dev."""
+    """The adaptation in a folder; of a folder of several seeds, or of a grid, the one that was best on dev."""
     from deltaprompt.backbone import load
     from deltaprompt.model.saved import describe, open_
 
@@ -103,19 +107,20 @@ def opened(folder: Path, backbone: str | None, device: str | None) -> Model:
 
 
 def settled(folder: Path) -> Path:
-    """The folder itself, or the best seed's within it."""
+    """The folder itself, or the best one's within it, where the newest of what is there are seeds or a grid."""
     from deltaprompt.store import holds_adaptation
 
-    several = folder / "seeds.json"
-    if holds_adaptation(folder) or not several.is_file():
+    several = [folder / name for name in BEST if (folder / name).is_file()]
+    if holds_adaptation(folder) or not several:
         return folder
+    newest = max(several, key=lambda path: path.stat().st_mtime)
+    what, best_in = BEST[newest.name]
     try:
-        best = folder / f"seed-{json.loads(several.read_text())['best_seed']}"
+        best = folder / best_in(json.loads(newest.read_text()))
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{several} is damaged; name one of the folders beside it, such as {folder / 'seed-0'}"
-        ) from error
-    console.note(f"{folder} holds several seeds; this is {best.name}, the best on dev")
+        beside = sorted(path.name for path in folder.iterdir() if holds_adaptation(path))
+        raise ConfigError(f"{newest} is damaged; name a folder beside it{nearest('', beside)}") from error
+    console.note(f"{folder} holds {what}; this is {best.name}, the best on dev")
     return best
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_origin, get_type_hints
@@ -20,6 +21,7 @@ from deltaprompt.trainer import Training
 from deltaprompt.trainer.many import TOGETHER
 
 Words = str | tuple[str, ...]
+Labels = Mapping[str, Words] | tuple[str, ...]
 T = TypeVar("T")
 
 
@@ -40,7 +42,7 @@ class TaskTable:
     """`[task]`: what is not given is chosen for the backbone and the data."""
 
     template: str | None = None
-    labels: Mapping[str, Words] | tuple[str, ...] | None = None
+    labels: Labels | None = None
     verbalizer: Mapping[str, Any] | None = None
     max_length: int | None = None
 
@@ -60,6 +62,33 @@ class DataTable:
 
 
 @dataclass(frozen=True)
+class GridTable:
+    """`[grid]`: settings of which several are tried, each with each; the last varies the fastest.
+
+    What changes the texts varies slowly, so that neighbours, which train in one pass, read the same.
+    """
+
+    shots: tuple[int, ...] | None = None
+    template: tuple[str, ...] | None = None
+    labels: tuple[Labels, ...] | None = None
+    learning_rate: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name, values in self.axes.items():
+            if not values:
+                raise ConfigError(f"[grid] {name} has no values; give one or more, or leave it out")
+            if twice := [value for i, value in enumerate(values) if value in values[:i]]:
+                raise ConfigError(f"[grid] {name}: {twice[0]!r:.80} is there twice; give it once")
+            if name in NUMBERS and (odd := [value for value in values if not 0 < value < math.inf]):
+                raise ConfigError(f"[grid] {name}: got {odd[0]!r}; it is a number above 0")
+
+    @property
+    def axes(self) -> dict[str, tuple[Any, ...]]:
+        """What is tried of each setting that varies."""
+        return {name: values for name, values in vars(self).items() if values is not None}
+
+
+@dataclass(frozen=True)
 class Recipe:
     """All that `deltaprompt fit` needs."""
 
@@ -72,10 +101,18 @@ class Recipe:
     together: int  # seeds in one pass
     shots: int | None
     out: str | None
+    grid: GridTable = GridTable()
 
 
-TABLES = {"backbone": BackboneTable, "task": TaskTable, "data": DataTable, "training": Training}
+TABLES = {"backbone": BackboneTable, "task": TaskTable, "data": DataTable, "training": Training, "grid": GridTable}
 TOP = ("deltas", "seeds", "together", "shots", "out")
+NUMBERS = ("shots", "learning_rate")  # axes of a grid whose values are numbers
+HOMES = {  # of an axis: the table that has it where one value is for all, and its option
+    "shots": ("", "--shots"),
+    "template": ("task", "--template"),
+    "labels": ("task", "--describe"),
+    "learning_rate": ("training", "--learning-rate"),
+}
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -86,6 +123,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 def build(given: Mapping[str, Any]) -> Recipe:
     """The recipe of nested tables; an unknown key is an error that names the nearest known one and its table."""
     _known(given, (*TABLES, *TOP), "")
+    _check_grid(given)
     tables: dict[str, Any] = {name: _table(cls, given.get(name, {}), f"[{name}]") for name, cls in TABLES.items()}
     deltas = given.get("deltas")
     shots = None if given.get("shots") is None else _value(int, given["shots"], "shots")
@@ -103,8 +141,8 @@ def build(given: Mapping[str, Any]) -> Recipe:
 
 
 def overlaid(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`under` with what `over` gives (not None) in its place, tables key by key."""
-    made = dict(under)
+    """`under` with what `over` gives (not None) in its place, tables key by key; an axis for the one value it had."""
+    made = _leaving(under, over.get("grid") or {})
     for name, value in over.items():
         if isinstance(value, Mapping) and name in TABLES:
             own = made.get(name, {})
@@ -152,6 +190,33 @@ def labels_of(given: Sequence[str]) -> dict[str, Any]:
     return {label: words.split("|") if "|" in words else words for label, words in pairs(given, "--describe").items()}
 
 
+def grid_of(given: Sequence[str]) -> dict[str, list[Any]]:
+    """The axes that `name=value` options give: numbers with commas between them, of others one value a use."""
+    axes: dict[str, list[Any]] = {}
+    for text in given:
+        name, _, value = text.partition("=")
+        if not name.strip() or not value.strip():
+            raise ConfigError(
+                f"--grid {text!r}: this names no value; write --grid learning_rate=1e-4,5e-4 or --grid shots=4,16, "
+                "and --grid template=TEXT or --grid labels=FILE once for each value"
+            )
+        axis = name.strip().replace("-", "_")
+        axes.setdefault(axis, []).extend(_tried(axis, value))
+    return axes
+
+
+def _tried(axis: str, value: str) -> list[Any]:
+    if axis in NUMBERS:
+        return [piece.strip() for piece in value.split(",")]
+    if axis != "labels":
+        return [value]
+    if not value.strip().endswith((".toml", ".json")):
+        raise ConfigError(
+            f"--grid labels={value}: label words are tried from a .toml or .json file each, with label = words in it"
+        )
+    return [labels_of([value.strip()])]
+
+
 def pairs(given: Sequence[str], option: str) -> dict[str, str]:
     """`a=b` pairs as a mapping; each key once."""
     found: dict[str, str] = {}
@@ -188,10 +253,38 @@ def _known(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
 def _hint(key: str, known: Sequence[str]) -> str:
     """The nearest name in the table, or the table that the key belongs to."""
     near = nearest(key, known, limit=20)
-    homes = [
-        name for name, cls in TABLES.items() if key in {f.name for f in dataclasses.fields(cls)} and name not in known
-    ]
+    others = {name: {f.name for f in dataclasses.fields(cls)} for name, cls in TABLES.items() if name != "grid"}
+    homes = [name for name, keys in others.items() if key in keys and name not in known]
     return f"; it belongs in [{homes[0]}]" if homes and key not in known and "did you mean" not in near else near
+
+
+def _check_grid(given: Mapping[str, Any]) -> None:
+    """Every axis is a list, and nothing else says what it says."""
+    grid = given.get("grid", {})
+    if not isinstance(grid, Mapping):
+        return
+    _known(grid, tuple(HOMES), "[grid]")
+    for axis, values in grid.items():
+        if not isinstance(values, list):
+            raise ConfigError(f"[grid] {axis} is a list of what is tried; got {values!r:.60}; write {axis} = […]")
+        home, option = HOMES[axis]
+        table = given.get(home, {}) if home else given
+        if isinstance(table, Mapping) and table.get(axis) is not None:
+            where = f"in [{home}]" if home else "outside [grid]"
+            raise ConfigError(
+                f"{axis} is an axis of the grid, and is also given by itself ({option}, or {axis} {where}); "
+                "leave one of them out"
+            )
+
+
+def _leaving(tables: Mapping[str, Any], axes: Iterable[str]) -> dict[str, Any]:
+    """Tables without the one value that they give where an axis has several."""
+    left = {(HOMES[axis][0], axis) for axis in axes if axis in HOMES}
+    kept = {name: table for name, table in tables.items() if ("", name) not in left}
+    return {
+        name: {key: v for key, v in table.items() if (name, key) not in left} if isinstance(table, Mapping) else table
+        for name, table in kept.items()
+    }
 
 
 def _table(cls: type[T], given: object, where: str) -> T:

@@ -1,6 +1,7 @@
-"""Training: one loop on accelerate, with early stopping, resumption after a kill, and several seeds."""
+"""Training: one loop on accelerate, with early stopping, resumption after a kill, several seeds, and grids."""
 
 from deltaprompt.trainer.fitting import fit
+from deltaprompt.trainer.grid import Cell, CellResult, GridResult, fit_grid
 from deltaprompt.trainer.many import fit_many
 from deltaprompt.trainer.plan import Plan
 from deltaprompt.trainer.progress import Progress, RichProgress, Silent
@@ -9,6 +10,9 @@ from deltaprompt.trainer.seeds import SeedsResult, fit_seeds
 from deltaprompt.trainer.training import Training
 
 __all__ = [
+    "Cell",
+    "CellResult",
+    "GridResult",
     "Plan",
     "Progress",
     "RichProgress",
@@ -17,6 +21,7 @@ __all__ = [
     "Silent",
     "Training",
     "fit",
+    "fit_grid",
     "fit_many",
     "fit_seeds",
 ]

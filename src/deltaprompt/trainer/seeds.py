@@ -18,10 +18,11 @@ from deltaprompt.trainer.kept import note
 from deltaprompt.trainer.many import TOGETHER, fit_many
 from deltaprompt.trainer.plan import Plan
 from deltaprompt.trainer.progress import Progress
-from deltaprompt.trainer.run import Run, rank
+from deltaprompt.trainer.run import Metrics, Run, rank
 from deltaprompt.trainer.training import Training
 from deltaprompt.types import Example
 
+SEEDS = "seeds.json"  # in the folder of several
 Sets = tuple[Sequence[Example], Sequence[Example] | None]
 
 
@@ -78,40 +79,74 @@ def fit_seeds(
         out: a folder: of one seed the adaptation itself, of several `out/seed-<seed>` each.
         resume: seeds that are finished are not trained again; what was broken off goes on.
     """
+    each_once(seeds)
+    out, alone = None if out is None else Path(out), len(seeds) == 1
+    plans = [Plan(*train_of(seed), training, seed) for seed in seeds]
+
+    def train(model: Model) -> list[Run]:
+        if not alone:
+            return fit_many(model, plans, together=together, out=out, resume=resume, progress=progress)
+        p = plans[0]
+        return [fit(model, p.train, p.dev, training=training, seed=p.seed, out=out, resume=resume, progress=progress)]
+
+    folders = [] if out is None else [out] if alone else [out / plan.called for plan in plans]
+    runs, scores = tested(make_model(seeds), train, folders, test)
+    best = seeds[best_of([dev_of(run) for run in runs])]
+    result = SeedsResult(tuple(seeds), tuple(runs), told_of(scores), best, math.fsum(r.seconds for r in runs), out)
+    if out is not None and not alone:
+        written(out / SEEDS, result.as_json())
+    return result
+
+
+# What a grid of cells shares
+
+
+def each_once(seeds: Sequence[int]) -> None:
+    """Raises where there is no seed, or one twice."""
     if not seeds or len(set(seeds)) < len(seeds):
         raise ConfigError(f"seeds = {list(seeds)}: there is one or more, and each once")
-    out, alone = None if out is None else Path(out), len(seeds) == 1
-    sets = [train_of(seed) for seed in seeds]
-    model = make_model(seeds)
+
+
+def tested(
+    model: Model, train: Callable[[Model], list[Run]], folders: Sequence[Path], test: Sequence[Example] | None
+) -> tuple[list[Run], list[Metrics]]:
+    """The runs of a model's slots and their metrics on test (empty without), which their folders then tell too.
+
+    The model is taken off its backbone.
+    """
     try:
-        if alone:
-            (train, dev), seed = sets[0], seeds[0]
-            runs = [fit(model, train, dev, training=training, seed=seed, out=out, resume=resume, progress=progress)]
-        else:
-            plans = [Plan(*own, training, seed) for own, seed in zip(sets, seeds, strict=True)]
-            runs = fit_many(model, plans, together=together, out=out, resume=resume, progress=progress)
-        scores = [model.evaluate(test, slot=slot) if test else {} for slot in range(len(seeds))]
+        runs = train(model)
+        scores: list[Metrics] = [model.evaluate(test, slot=slot) if test else {} for slot in range(len(runs))]
     finally:
         model.adapted.remove()
-    if out is not None and test and is_main():
-        folders = [out if alone else out / f"seed-{seed}" for seed in seeds]
+    if folders and test and is_main():
         runs = [replace(run, bytes=note(f, "test", s)) for run, f, s in zip(runs, folders, scores, strict=True)]
-    return _together(tuple(seeds), tuple(runs), scores, out)
+    return runs, scores
 
 
-def _together(
-    seeds: tuple[int, ...], runs: tuple[Run, ...], scores: Sequence[Mapping[str, float]], out: Path | None
-) -> SeedsResult:
-    """The result, kept in `out` too where there are several."""
-    test = {metric: told([score[metric] for score in scores]) for metric in scores[0]}
-    best = seeds[max(range(len(seeds)), key=lambda i: rank(runs[i].best))]
-    result = SeedsResult(seeds, runs, test, best, math.fsum(run.seconds for run in runs), out)
-    if out is not None and len(seeds) > 1 and is_main():
-        (out / "seeds.json").write_text(json.dumps(result.as_json(), indent=1) + "\n")
-    return result
+def dev_of(run: Run) -> Metrics:
+    """A run's best on dev; a loss that was no number, which its record leaves out, is infinite."""
+    return {name: math.inf if value is None else value for name, value in run.best.items()}
+
+
+def best_of(each: Sequence[Metrics]) -> int:
+    """Which is the best; without metrics the first."""
+    return max(range(len(each)), key=lambda i: rank(each[i]))
 
 
 def told(each: Sequence[float]) -> dict[str, Any]:
     """Mean, sample standard deviation (0 for one) and every value."""
-    std = statistics.stdev(each) if len(each) > 1 else 0.0
+    known = all(map(math.isfinite, each))
+    std = (statistics.stdev(each) if known else math.nan) if len(each) > 1 else 0.0
     return {"mean": statistics.fmean(each), "std": std, "each": list(each)}
+
+
+def told_of(each: Sequence[Metrics]) -> dict[str, dict[str, Any]]:
+    """By metric; empty where one was not measured."""
+    return {metric: told([metrics[metric] for metrics in each]) for metric in each[0]} if all(each) else {}
+
+
+def written(path: Path, result: Mapping[str, Any]) -> None:
+    """Keeps a result, of several processes once."""
+    if is_main():
+        path.write_text(json.dumps(result, indent=1) + "\n")
