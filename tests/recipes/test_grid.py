@@ -154,3 +154,20 @@ def test_a_damaged_result_names_the_folders_beside_it(common: list[str], tmp_pat
     done = CliRunner().invoke(app, ["predict", str(tmp_path), "-"], input="x\n")
     assert done.exit_code == 2
     assert "grid.json is damaged; name a folder beside it; possible: shots-1_seed-0" in done.stderr
+
+
+@pytest.mark.parametrize("together", [1, 8])
+def test_one_that_diverges_leaves_the_others(common: list[str], tmp_path: Path, together: int) -> None:
+    grid = (*common, "--template", TEMPLATES[0], "--together", together, "--out", tmp_path)
+    shown = fit(*grid, "--grid", "learning_rate=1e30,0.001", "--grid", "shots=1")
+    assert "shots-1_learning_rate-1e+30 failed: the " in shown.stdout
+    assert "best: shots 1, learning rate 0.001" in shown.stdout
+    told = json.loads((tmp_path / "grid.json").read_text())
+    assert ["failed" in entry for entry in told["grid"]] == [True, False]
+    assert told["grid"][0]["dev"] is None
+    fit(*grid, "--grid", "learning_rate=1e30,0.001", "--grid", "shots=1", "--resume")
+    again = json.loads((tmp_path / "grid.json").read_text())
+    assert again["grid"] == told["grid"]
+    done = CliRunner().invoke(app, ["fit", *map(str, grid), "--grid", "learning_rate=1e30", "--grid", "shots=1"])
+    assert done.exit_code == 2
+    assert "no cell of the grid came to its end; shots-1_learning_rate-1e+30: the " in done.stderr

@@ -66,6 +66,9 @@ def show(result: GridResult, axes: Axes) -> None:
     for axis in axes:
         for number, value in enumerate(axes[axis] if axis not in NUMBERS else (), 1):
             screen.print(f"{axis} {number}: {_legend(value)}", markup=False, soft_wrap=True)
+    for cell in result.cells:
+        if cell.failed:
+            screen.print(f"{cell.cell.name} failed: {cell.failed}", markup=False, soft_wrap=True)
     varied = result.best.cell.varied
     best = ", ".join(f"{_title(axis)} {_short(axes, axis, varied[axis])}" for axis in axes)
     why = "" if dev else " (the first: there are no dev rows to choose by)"
@@ -77,8 +80,10 @@ def show(result: GridResult, axes: Axes) -> None:
 
 def _line(result: GridResult, cell: CellResult, axes: Axes) -> list[str]:
     seeds = len(result.seeds)
-    dev = console.plus_minus(cell.dev["accuracy"], seeds) if cell.dev else "–"
-    test = [console.plus_minus(cell.test[metric], seeds) for metric in METRICS if cell.test]
+    dev = "failed" if cell.failed else console.plus_minus(cell.dev["accuracy"], seeds) if cell.dev else "–"
+    test = [
+        console.plus_minus(cell.test[metric], seeds) if cell.test else "–" for metric in METRICS if result.best.test
+    ]
     mark = "← best" if cell is result.best else ""
     return [*(_short(axes, axis, cell.cell.varied[axis]) for axis in axes), dev, *test, mark]
 

@@ -129,7 +129,10 @@ class Course:
     def result(self) -> Run:
         """What it came to."""
         s, trainable = self.state, self.model.parameter_count(self.slot)
-        return Run(s.step, self._epochs(), s.best_step, s.best, s.history, s.seconds, s.stopped or "done", trainable)
+        stopped = "failed" if s.failed else s.stopped or "done"
+        return Run(
+            s.step, self._epochs(), s.best_step, s.best, s.history, s.seconds, stopped, trainable, failed=s.failed
+        )
 
     def best_so_far(self) -> str:
         """What is kept when training breaks off."""

@@ -91,6 +91,8 @@ def fit(
         fill(model, before[1])
         return before[0]
     (run,) = trained(model, [seat], seat.checkpoints, resume, progress, what)
+    if run.failed:
+        raise TrainingError(run.failed)
     model.settle()
     return run
 
@@ -120,7 +122,10 @@ def trained(
     progress: Progress | None,
     what: str,
 ) -> list[Run]:
-    """The runs of one loop, the finished adaptations kept; what is reparametrised is so still."""
+    """The runs of one loop, the finished adaptations kept; what is reparametrised is so still.
+
+    One may have failed, as its run says.
+    """
     training = seats[0].plan.training
     with ExitStack() as everything, chance_kept(model.device), recomputed(model, training.checkpointing):
         with failures.of_memory(training, together=len(seats)):
@@ -129,10 +134,7 @@ def trained(
             loop = Loop(model, courses, checkpoints, progress or usual())
             kept = everything.enter_context(frozen_once(model, courses, loop.accelerator.autocast))
             loop.begin(resume)
-        runs = loop.finish(loop.run(what + kept))
-    if wrong := [course.state.failed for course in courses if course.state.failed]:
-        raise TrainingError("; ".join(wrong))
-    return runs
+        return loop.finish(loop.run(what + kept))
 
 
 def _once(model: Model) -> Callable[[Sequence[Example], int], list[Encoded]]:

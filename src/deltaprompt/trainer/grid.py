@@ -9,9 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from deltaprompt.errors import ConfigError
+from deltaprompt.errors import ConfigError, TrainingError
 from deltaprompt.model import Model, Task
-from deltaprompt.trainer.many import TOGETHER, fit_many
+from deltaprompt.trainer.many import TOGETHER, train_many
 from deltaprompt.trainer.plan import Plan
 from deltaprompt.trainer.progress import Progress
 from deltaprompt.trainer.run import Metrics, Run, finite
@@ -51,10 +51,16 @@ class CellResult:
     test: Mapping[str, Mapping[str, Any]]  # the same; empty without test data
     folders: tuple[Path, ...]  # by seed; empty where nothing is kept
 
+    @property
+    def failed(self) -> str:
+        """Why one of its runs could not go on; empty where all came to their end."""
+        return next((run.failed for run in self.runs if run.failed), "")
+
     def as_json(self) -> dict[str, Any]:
         """A line of the grid."""
         folders = [str(folder) for folder in self.folders]
         told = {**self.cell.varied, "dev": self.dev or None, "test": self.test or None, "folders": folders}
+        told |= {"failed": self.failed} if self.failed else {}
         return {name: finite(value) for name, value in told.items()}
 
 
@@ -69,8 +75,12 @@ class GridResult:
 
     @property
     def best(self) -> CellResult:
-        """The best mean accuracy on dev, and of equal ones the lowest mean loss; without dev the first."""
-        return self.cells[best_of([_means(cell.dev) for cell in self.cells])]
+        """The best mean accuracy on dev, and of equal ones the lowest mean loss; without dev the first.
+
+        Cells of which a run failed are left out.
+        """
+        whole = [cell for cell in self.cells if not cell.failed]
+        return whole[best_of([_means(cell.dev) for cell in whole])]
 
     @property
     def best_seed(self) -> int:
@@ -115,6 +125,10 @@ def fit_grid(
         together: adaptations in one pass through the backbone at most; each ends as it would alone.
         out: a folder; each adaptation is kept in `out/<cell>_seed-<seed>`, the result in `out/grid.json`.
         resume: what is finished is not trained again; what was broken off goes on.
+
+    Raises:
+        TrainingError: no cell came to its end, or there is not enough memory. One that failed alone is told in its
+            result.
     """
     each_once(seeds)
     _own_names(cells)
@@ -122,7 +136,7 @@ def fit_grid(
     plans = [Plan(*dealt(c.sets, seed), c.training, seed, _called(c, seed)) for c in cells for seed in seeds]
     runs, scores = tested(
         make_model([cell.task for cell in cells for _ in seeds], [plan.seed for plan in plans]),
-        lambda model: fit_many(model, plans, together=together, out=out, resume=resume, progress=progress),
+        lambda model: train_many(model, plans, together=together, out=out, resume=resume, progress=progress),
         [] if out is None else [out / plan.called for plan in plans],
         test,
     )
@@ -130,6 +144,8 @@ def fit_grid(
         _found(cell, seeds, runs[i : i + len(seeds)], scores[i : i + len(seeds)], out)
         for cell, i in zip(cells, range(0, len(plans), len(seeds)), strict=True)
     ]
+    if all(cell.failed for cell in found):
+        raise TrainingError(f"no cell of the grid came to its end; {found[0].cell.name}: {found[0].failed}")
     result = GridResult(tuple(seeds), tuple(found), math.fsum(run.seconds for run in runs), out)
     if out is not None:
         written(out / GRID, result.as_json())

@@ -82,13 +82,13 @@ class Loop:
         return [course.result() for course in self.courses]
 
     def finish(self, runs: Sequence[Run]) -> list[Run]:
-        """The runs that came to their end are kept as finished, and no checkpoint is left."""
+        """The runs that came to their end are kept as finished; where one did, no checkpoint is left."""
         done = list[Run]()
         for course, run in zip(self.courses, runs, strict=True):
             if self.main and not course.state.failed:
                 course.save(run)
             done.append(replace(run, bytes=course.bytes))
-        if self.checkpoints is not None and self.main:
+        if self.checkpoints is not None and self.main and not all(run.failed for run in runs):
             self.checkpoints.clear()
         self.accelerator.wait_for_everyone()
         return done
@@ -139,16 +139,14 @@ class Loop:
             self._end_step(course)
 
     def _end_step(self, course: Course) -> None:
-        """Clips and steps; of several courses, one whose loss is no number stops, and the others go on."""
+        """Clips and steps; a course whose loss is no number stops, and others go on."""
         norm = self.accelerator.clip_grad_norm_(course.take(), course.training.clip)
         value = float(self.accelerator.reduce(course.loss, "mean"))
         scaler = self.accelerator.scaler
         try:
             failures.check_finite(value, float(norm), course.state.step + 1, scaler, course.best_so_far)
         except TrainingError as e:
-            if not self.several:
-                raise
-            course.state.failed = f"{course.plan.called}: {e}"
+            course.state.failed = str(e)
             return
         course.step(value)
 
@@ -206,7 +204,7 @@ class Loop:
         if self.main and going:
             self.shown.step(self.made, statistics.fmean(float(course.loss) for course in going))
         self._evaluate([course for course in going if course.evaluation_due()])
-        if self.checkpoints is None:
+        if self.checkpoints is None or not going:
             return
         every = min(c.training.checkpoint_every or c.order.epoch for c in self.courses)
         if self.made == max(course.total for course in self.courses) or self.made % every == 0:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from deltaprompt.errors import ConfigError, SiteError
+from deltaprompt.errors import ConfigError, SiteError, TrainingError
 from deltaprompt.features.batching import chunks
 from deltaprompt.model import Model
 from deltaprompt.model.saved import fill
@@ -50,8 +50,24 @@ def fit_many(
 
     Raises:
         ConfigError: nothing trains, or what is to be resumed had other settings or data.
-        TrainingError: a loss that is no number, told when the others of its pass are trained; not enough memory.
+        TrainingError: a loss that is no number, told when all others are trained and kept; not enough memory.
     """
+    runs = train_many(model, plans, together=together, out=out, resume=resume, progress=progress)
+    if wrong := [f"{plan.called}: {run.failed}" for plan, run in zip(plans, runs, strict=True) if run.failed]:
+        raise TrainingError("; ".join(wrong))
+    return runs
+
+
+def train_many(
+    model: Model,
+    plans: Sequence[Plan],
+    *,
+    together: int,
+    out: str | Path | None,
+    resume: bool,
+    progress: Progress | None,
+) -> list[Run]:
+    """As `fit_many`; what failed is told by its run alone."""
     seats = _seats(model, plans, together, None if out is None else Path(out))
     common = None if out is None else Checkpoints(Path(out), {})
     begun = _begun(common, seats) if common is not None and resume else []

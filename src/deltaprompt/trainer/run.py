@@ -24,13 +24,14 @@ class Run:
     best: Metrics  # accuracy, macro_f1 and loss on dev there; empty without dev
     history: Sequence[Mapping[str, Any]]  # step, epoch, loss, learning_rate and dev, at every evaluation
     seconds: float
-    stopped: str  # "done", or "early" where dev stopped getting better
+    stopped: str  # "done", "early" where dev stopped getting better, or "failed"
     trainable: int  # numbers that were trained
     bytes: int = 0  # of the saved adaptation; 0 where it was not saved
+    failed: str = ""  # what went wrong, where others were trained to their end
 
     def record(self) -> dict[str, Any]:
         """The run as JSON; a loss that is no number is left out (null)."""
-        return {name: finite(value) for name, value in asdict(self).items() if name != "bytes"}
+        return {name: finite(value) for name, value in asdict(self).items() if name not in ("bytes", "failed")}
 
 
 @dataclass

@@ -112,21 +112,28 @@ def tested(
 ) -> tuple[list[Run], list[Metrics]]:
     """The runs of a model's slots and their metrics on test (empty without), which their folders then tell too.
 
+    What failed is not measured.
+
     The model is taken off its backbone.
     """
     try:
         runs = train(model)
-        scores: list[Metrics] = [model.evaluate(test, slot=slot) if test else {} for slot in range(len(runs))]
+        scores: list[Metrics] = [
+            model.evaluate(test, slot=slot) if test and not run.failed else {} for slot, run in enumerate(runs)
+        ]
     finally:
         model.adapted.remove()
     if folders and test and is_main():
-        runs = [replace(run, bytes=note(f, "test", s)) for run, f, s in zip(runs, folders, scores, strict=True)]
+        runs = [
+            run if run.failed else replace(run, bytes=note(folder, "test", score))
+            for run, folder, score in zip(runs, folders, scores, strict=True)
+        ]
     return runs, scores
 
 
 def dev_of(run: Run) -> Metrics:
-    """A run's best on dev; a loss that was no number, which its record leaves out, is infinite."""
-    return {name: math.inf if value is None else value for name, value in run.best.items()}
+    """A run's best on dev, of a failed one nothing; a loss that was no number, which records leave out, is infinite."""
+    return {} if run.failed else {name: math.inf if value is None else value for name, value in run.best.items()}
 
 
 def best_of(each: Sequence[Metrics]) -> int:
