@@ -168,7 +168,8 @@ def test_what_fit_keeps_is_predicted(delta):
     model = adapt(backbone, Task("{text} {mask}", {"good": ("great",), "bad": ("terrible",)}), [delta])
     lengths = {30: "good", 29: "bad", 28: "good", 9: "bad", 8: "good"}
     texts = [Example({"text": "great " * words}, label) for words, label in lengths.items()]
-    model.reader().features = replace(model.features, max_length=32)
+    reader = model.reader()
+    reader.reading = replace(reader.reading, features=replace(model.features, max_length=32))
     batch = model.features.collate(model.encode(texts))
     assert batch.inputs["input_ids"].shape == (ROWS, 32)
     with at_rest(backbone.model), kept(model) as counted:

@@ -65,7 +65,7 @@ def _forbidden(model: Model) -> str:
         return "its layers are spread over processes"
     if any(p.requires_grad for p in model.backbone.model.parameters()):
         return "the backbone trains too"
-    if any(model.reader(slot).continues for slot in range(model.adapted.slots)):
+    if any(model.reader(slot).reading.continues for slot in range(model.adapted.slots)):
         return "answers of several tokens need its keys and values"
     return ""
 

@@ -19,18 +19,18 @@ from torch import Tensor
 
 from deltaprompt import store
 from deltaprompt.backbone import Backbone
-from deltaprompt.compose import Routing, carries_deltas
+from deltaprompt.compose import carries_deltas
+from deltaprompt.deltas._base import Delta
 from deltaprompt.errors import ConfigError, DeltaPromptError, SiteError, StoreError, nearest
 from deltaprompt.features import Encoded, Features
 from deltaprompt.features.batching import bucketed
 from deltaprompt.model.group import Group, sort_of
 from deltaprompt.model.model import answer, example_of, read, unlabelled
-from deltaprompt.model.reader import Scorer, features_of, placed
+from deltaprompt.model.reader import Reading, Scorer, of_rows, placed
 from deltaprompt.model.saved import asked_of, check, identity, not_made
 from deltaprompt.model.task import Task
 from deltaprompt.templates import parse
-from deltaprompt.types import AtMask, Example
-from deltaprompt.verbalizers._base import Setting, Verbalizer
+from deltaprompt.types import Example
 
 ASKED = ("template", "labels", "verbalizer", "max_length", "deltas")  # of a record: what its tensors are for
 VERBALIZER, DELTA = "verbalizer.", "delta."  # what the stored names of tensors begin with
@@ -51,17 +51,17 @@ class Entry:
     @property
     def task(self) -> Task:
         """What is asked."""
-        return self.asked.task
+        return self.asked.reading.task
 
     @property
     def features(self) -> Features:
         """How its texts become token ids."""
-        return self.asked.features
+        return self.asked.reading.features
 
     @property
     def continues(self) -> bool:
-        """Whether it scores answers of several tokens one after another, for which its rows are run by themselves."""
-        return self.features.kind in ("causal", "seq2seq") and max(self.features.answer_lengths) > 1
+        """Whether its rows are run by themselves."""
+        return self.asked.reading.continues
 
     def repeated(self, times: int) -> AbstractContextManager[None]:
         """Within it every row stands for `times` rows that follow one another."""
@@ -157,7 +157,7 @@ class Many:
             asked = self._asked_of(record)
         except DeltaPromptError as e:
             raise not_made(record, folder, e) from e
-        return Plan(name, folder, record, asked, asked.scorer(self.backbone))
+        return Plan(name, folder, record, asked, asked.reading.scorer(self.backbone).eval())
 
     def _asked_of(self, record: Mapping[str, Any]) -> Asked:
         """What a record asks for, made once for all records that ask for the same."""
@@ -225,7 +225,7 @@ class Many:
             repeated = one.repeated if one is not None and one.continues else None
             at = read(self.backbone, batch, repeated, alike=one is not None)
             for entry, own in _by(of):
-                each = entry.scorer(_of_rows(at, own)).float().softmax(-1).cpu()
+                each = entry.scorer(of_rows(at, own)).float().softmax(-1).cpu()
                 found |= zip([part[i] for i in own], each, strict=True)
         return found
 
@@ -262,29 +262,17 @@ class Many:
 class Asked:
     """What a record asks for, but for its tensors; adaptations that differ in nothing else share it."""
 
-    task: Task
-    features: Features
-    verbalizer: Verbalizer
-    setting: Setting
-    constants: Mapping[str, Tensor]  # of the verbalizer
-    deltas: Sequence[Any]
+    reading: Reading
+    deltas: Sequence[Delta]
     sort: str
 
     @classmethod
     def of(cls, record: Mapping[str, Any], backbone: Backbone) -> Asked:
         """What a record asks for on a backbone."""
         task, deltas = asked_of(record)
-        verbalizer = task.settled(backbone)
-        features = features_of(backbone, task, verbalizer, deltas)
-        setting = Setting(task.names, backbone.kind, backbone.width, features.answer_ids)
-        all_deltas = placed(deltas, features)
-        constants = verbalizer.constants(setting)
-        return cls(task, features, verbalizer, setting, constants, all_deltas, sort_of(all_deltas))
-
-    def scorer(self, backbone: Backbone) -> Scorer:
-        """A verbalizer whose tensors are to be written."""
-        like = next(backbone.model.parameters())
-        return Scorer(self.verbalizer, self.setting, self.constants, 1, Routing(), like).eval()
+        reading = Reading.of(backbone, task, deltas)
+        every = placed(deltas, reading.features)
+        return cls(reading, every, sort_of(every))
 
 
 @dataclass(frozen=True)
@@ -349,7 +337,7 @@ def _encoded(entries: Sequence[Entry], examples: Sequence[Example]) -> list[Enco
     """The rows as token ids, each as its adaptation's template has it."""
     rows: dict[int, Encoded] = {}
     for asked, numbers in _by([entry.asked for entry in entries]):
-        rows |= zip(numbers, asked.features.encode([examples[i] for i in numbers]), strict=True)
+        rows |= zip(numbers, asked.reading.features.encode([examples[i] for i in numbers]), strict=True)
     return [rows[i] for i in range(len(entries))]
 
 
@@ -369,10 +357,3 @@ def _parts(entries: Sequence[Entry], rows: Sequence[Encoded], batch_size: int) -
     for numbers in together.values():
         for part in bucketed([rows[i].length for i in numbers], batch_size):
             yield [numbers[i] for i in part]
-
-
-def _of_rows(at: AtMask, rows: Sequence[int]) -> AtMask:
-    """What is read of some rows; a batch whose answers go on is of one adaptation, and all of it."""
-    if len(rows) == len(at.hidden):
-        return at
-    return AtMask(at.hidden[rows], at.present[rows], at.logits, None)

@@ -106,7 +106,7 @@ class Model(nn.Module):
         """The states where the answer is read, and the head that scores words there."""
         self.adapted.route(adaptation)
         reading = [cast(Reader, self.readers[n]) for n in self._numbers(adaptation)]
-        continues = any(reader.continues for reader in reading)
+        continues = any(reader.reading.continues for reader in reading)
         if continues and len(reading) > 1:
             raise ConfigError(
                 "answers of several tokens are scored one task at a time; give a batch of one task's rows"

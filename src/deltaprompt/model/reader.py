@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -49,34 +49,57 @@ class Scorer(Stack):
         return self.verbalizer.scores(Weights({**own, **fixed}, self.training), self.setting, at)
 
 
-class Reader(nn.Module):
-    """How the texts of one task are read and scored; its verbalizer has a slot for each adaptation of the task.
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """How the texts of one task are read and scored, without a tensor that trains."""
 
-    Args:
-        backbone: nothing is attached to it.
-        task: what is asked.
-        deltas: that will act, each an instance.
-        slots: adaptations.
-    """
+    task: Task
+    features: Features
+    verbalizer: Verbalizer
+    setting: Setting
+    constants: Mapping[str, Tensor]  # of the verbalizer
 
-    def __init__(self, backbone: Backbone, task: Task, deltas: Sequence[Delta], slots: int = 1) -> None:
-        super().__init__()
+    @classmethod
+    def of(cls, backbone: Backbone, task: Task, deltas: Sequence[Delta]) -> Reading:
+        """On a backbone, to which nothing is attached, with deltas that will act, each an instance."""
         verbalizer = task.settled(backbone)
-        self.task = task
-        self.features = features_of(backbone, task, verbalizer, deltas)
-        setting = Setting(task.names, backbone.kind, backbone.width, self.features.answer_ids)
-        like = next(backbone.model.parameters())
-        self.scorer = Scorer(verbalizer, setting, verbalizer.constants(setting), slots, Routing(), like)
-
-    @property
-    def verbalizer(self) -> Verbalizer:
-        """The verbalizer in use."""
-        return self.scorer.verbalizer
+        features = features_of(backbone, task, verbalizer, deltas)
+        setting = Setting(task.names, backbone.kind, backbone.width, features.answer_ids)
+        return cls(task, features, verbalizer, setting, verbalizer.constants(setting))
 
     @property
     def continues(self) -> bool:
         """Whether answers of several tokens are scored one after another, so that its rows are run by themselves."""
         return self.features.kind in ("causal", "seq2seq") and max(self.features.answer_lengths) > 1
+
+    def scorer(self, backbone: Backbone, slots: int = 1) -> Scorer:
+        """The verbalizer with a slot for each adaptation, whose tensors are to be written."""
+        like = next(backbone.model.parameters())
+        return Scorer(self.verbalizer, self.setting, self.constants, slots, Routing(), like)
+
+
+class Reader(nn.Module):
+    """A task's verbalizer in a model: with how its texts are read, and a slot for each of its adaptations."""
+
+    def __init__(self, backbone: Backbone, task: Task, deltas: Sequence[Delta], slots: int) -> None:
+        super().__init__()
+        self.reading = Reading.of(backbone, task, deltas)
+        self.scorer = self.reading.scorer(backbone, slots)
+
+    @property
+    def task(self) -> Task:
+        """What is asked."""
+        return self.reading.task
+
+    @property
+    def features(self) -> Features:
+        """How texts become token ids."""
+        return self.reading.features
+
+    @property
+    def verbalizer(self) -> Verbalizer:
+        """The verbalizer in use."""
+        return self.reading.verbalizer
 
     def forward(self, at: AtMask, slot: Index = None) -> Tensor:
         """Class scores [b, c]; `slot` is one of its own for all rows, or one a row [b]."""

@@ -165,7 +165,7 @@ class Loop:
     def _sort(self, course: Course) -> tuple[int, int]:
         """Courses of another sort than this do not share a pass: in rows for a text, or in tokens that answers have."""
         number, reader = self.model.seats[course.slot][0], self.model.reader(course.slot)
-        return len(course.rows[0].variants), number if reader.continues else -1
+        return len(course.rows[0].variants), number if reader.reading.continues else -1
 
     def _shares(self, batches: Sequence[list[Encoded]]) -> Iterator[tuple[list[Encoded], float]]:
         """This process's rows of every batch, and their share of the loss; where it has none, a row of no weight."""
