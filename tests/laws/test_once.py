@@ -107,11 +107,10 @@ def test_an_encoder_is_run_once_where_deltas_are_in_the_decoder(family: str) -> 
 
 
 def test_float32_to_a_millionth() -> None:
-    backbone = backbones_zoo.build("bert")
-    kept = trained(make(backbone, [UPPER]))
-    torch.testing.assert_close(
-        losses(kept[0]), losses(trained(make(backbone, [UPPER]), replace(EPOCHS, keep=False))[0]), atol=1e-6, rtol=0
-    )
+    backbone, usual = backbones_zoo.build("bert"), replace(EPOCHS, learning_rate=1e-3)  # rounding grows with the rate
+    kept = trained(make(backbone, [UPPER]), usual)
+    plain = trained(make(backbone, [UPPER]), replace(usual, keep=False))
+    torch.testing.assert_close(losses(kept[0]), losses(plain[0]), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("change", [{"checkpointing": True}, {"accumulate": 2}, {"precision": "bf16"}], ids=str)
