@@ -10,7 +10,8 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from deltaprompt.backbone import continuation, shared
+from deltaprompt.backbone import continuation
+from deltaprompt.backbone.shared import is_whole
 from deltaprompt.deltas.bitfit import BitFit
 from deltaprompt.deltas.lora import LoRA
 from deltaprompt.deltas.prefix import Prefix
@@ -399,5 +400,5 @@ def test_a_delta_at_the_end_of_the_backbone_acts_in_every_row_as_alone(site):
 def test_a_cache_that_does_not_hold_the_whole_prompt_is_not_gone_on_from():
     from transformers import DynamicCache
 
-    assert not shared.is_whole(None, 3)
-    assert not shared.is_whole(DynamicCache(), 3)
+    assert not is_whole(None, 3)
+    assert not is_whole(DynamicCache(), 3)
