@@ -64,7 +64,7 @@ def by_hand(model: dp.Model) -> torch.Tensor:
 
 def run(rounds: Mapping[str, int]) -> list[Pair]:
     """All pairs."""
-    on, times = backbone(), min(rounds["base"], 5)
+    on, times = backbone(), min(rounds["base"], 3)
     template = INSTRUCTION + "{text} ; it was {mask}"
     short = dp.adapt(on, dp.Task(template, SHORT), [dp.LoRA()])
     length = len(short.encode(TEXTS)[0].variants[0].ids)

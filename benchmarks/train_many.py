@@ -25,6 +25,7 @@ from deltaprompt.trainer.progress import Silent
 
 MANY, ROWS = 8, 64
 STEPS = {"base": 2, "mini": 4}
+ROUNDS = {"base": 5, "mini": 15}  # at most
 BATCHES = (4, 8)
 
 
@@ -146,7 +147,7 @@ def run(rounds: dict[str, int]) -> list[Pair]:
     pairs = []
     for size in SIZES:
         for batch in BATCHES:
-            times = turns(competitors(size, batch), rounds[size])
+            times = turns(competitors(size, batch), min(rounds[size], ROUNDS[size]))
             what = f"{MANY} LoRAs trained at once, {size}, batches of {batch}"
             for peer in ("peft", "one by one"):
                 pairs.append(pair(f"{what}: against {peer}", times["together"], times[peer]))
