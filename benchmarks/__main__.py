@@ -32,7 +32,7 @@ def show(pairs: list[Pair]) -> None:
 def main() -> None:
     """Runs, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a few rounds, the small model only")
+    parser.add_argument("--quick", action="store_true", help="a few rounds, and no file is written")
     quick = parser.parse_args().quick
     rounds = {"base": 2, "mini": 5} if quick else {"base": 9, "mini": 41}
     pairs = [
@@ -45,6 +45,8 @@ def main() -> None:
         *shared_prefix.run(rounds),
     ]
     show(pairs)
+    if quick:
+        return
     out = Path(__file__).parent / "results.json"
     out.write_text(json.dumps({p.name: p.as_json() for p in pairs}, indent=1) + "\n")
     plot(pairs, out.with_suffix(".png"))

@@ -1,10 +1,15 @@
 """Laws of many adaptations on one backbone: mixed in a batch, each answers as it does alone."""
 
+import pickle
+
 import pytest
 import torch
 
 import deltaprompt as dp
 from deltaprompt import registry
+from deltaprompt.compose import Adapted, Stack
+from deltaprompt.errors import ConfigError, StoreError
+from deltaprompt.model.group import Group
 from tests import backbones_zoo as zoo
 
 TEXTS = ("a good movie", "one two three bad good movie it was", "so")
@@ -159,3 +164,66 @@ def test_what_is_wrong_is_told_and_leaves_all_as_it_was(tmp_path):
         dp.open_many(folders[0], backbone)
     with pytest.raises(dp.DeltaPromptError, match="two folders are called 'lora 1'"):
         dp.open_many([folders[1], folders[1]], backbone)
+
+
+def test_another_models_deltas_are_refused(tmp_path):
+    backbone = zoo.build("bert")
+    saved(backbone, TASKS[0], [dp.BitFit()], tmp_path / "bias", TEXTS[0])
+    saved(backbone, TASKS[0], [], tmp_path / "bare", TEXTS[0])
+    many = dp.open_many([tmp_path / "bare"], backbone)
+    model = dp.adapt(backbone, TASKS[0], [dp.LoRA(2)])
+    for call in (lambda: many.predict(TEXTS, "bare"), lambda: many.add(tmp_path / "bias")):
+        with pytest.raises(ConfigError, match="already carries a model's deltas, which would act here too; take them"):
+            call()
+    model.adapted.remove()
+    many.add(tmp_path / "bias")
+    assert many.predict(TEXTS[:2], ["bare", "bias"])
+
+
+def test_weights_that_changed_are_another_backbone(tmp_path):
+    backbone = zoo.build("bert")
+    saved(backbone, TASKS[0], DELTAS["lora"], tmp_path / "one", TEXTS[0])
+    many = dp.open_many([tmp_path / "one"], backbone)
+    with torch.no_grad():
+        backbone.model.get_input_embeddings().weight.mul_(2)
+    with pytest.raises(StoreError, match="They differ in their fingerprint"):
+        many.add(tmp_path / "one", "two")
+
+
+def test_memory_that_runs_out_leaves_nothing_behind(tmp_path, monkeypatch):
+    backbone = zoo.build("bert")
+    saved(backbone, TASKS[0], DELTAS["lora"], tmp_path / "one", TEXTS[0])
+    saved(backbone, TASKS[0], DELTAS["wider lora"], tmp_path / "two", TEXTS[0])
+
+    def full(self, *given):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stack, "grow", full)
+        with pytest.raises(MemoryError):
+            dp.open_many([tmp_path / "one", tmp_path / "two"], backbone)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in backbone.model.modules())
+    many = dp.open_many([tmp_path / "one"], backbone)
+    expected = many.predict(TEXTS, "one")
+    with monkeypatch.context() as patch:
+        patch.setattr(Group, "take_over", full)
+        with pytest.raises(MemoryError):
+            many.add(tmp_path / "two")
+    assert many.predict(TEXTS, "one") == expected
+    many.remove()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in backbone.model.modules())
+
+
+def test_what_grew_takes_no_memory_of_others_and_no_room_with_it():
+    adapted = Adapted(zoo.build("bert"), [dp.LoRA(2, at=("attn.q", "attn.v"))], 2)
+    adapted.grow(1)
+    parts = [p for _, p in adapted.parts()]
+    packed = torch.nn.utils.parameters_to_vector(parts)
+    torch.nn.utils.vector_to_parameters(torch.ones_like(packed), parts)
+    adapted.grow(1)
+    assert all(bool((p[:3] == 1).all()) and not p[3].any() for p in parts)
+    adapted.grow(1)
+    again = pickle.loads(pickle.dumps(adapted))
+    for p, copied in zip(parts, (p for _, p in again.parts()), strict=True):
+        assert torch.equal(p, copied)
+        assert copied.untyped_storage().nbytes() == copied.nbytes

@@ -210,6 +210,15 @@ def test_a_shelf_gives_back_what_it_was_given(dtype: torch.dtype, memory: int) -
     kept.close()
 
 
+def test_a_disk_that_others_fill_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = shelf.Shelf(0)
+    monkeypatch.setattr(shelf.tempfile, "TemporaryFile", lambda: open("/dev/full", "w+b", buffering=0))  # noqa: SIM115
+    for key in (b"first", b"second"):
+        kept.put(key, torch.ones(3))
+        assert key not in kept
+    kept.close()
+
+
 # Where it is off
 
 
@@ -252,5 +261,5 @@ def test_off_where_rows_or_padding_are_mixed_in(deltas: Sequence[Delta], mixed: 
     axis = {"rows": 0, "padding": 1}[mixed]
     layer = backbone.model.get_submodule(backbone.sites["layers.0"].path)
     layer.register_forward_hook(lambda module, args, output: output + 0.1 * output.mean(axis, keepdim=True))
-    assert not isinstance(below(model, model.encode(TRAIN[:1])[0]), Below)
+    assert not isinstance(below(model, model.encode(TRAIN[:1])), Below)
     assert trained(model)[2] == ", nothing kept: its layers give each other more than each text's own states"

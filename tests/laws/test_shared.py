@@ -28,8 +28,8 @@ def passes(monkeypatch):
     lengths = []
     plain = shared._run
 
-    def counted(backbone, inputs, length, each=1, more=0):
-        begun = plain(backbone, inputs, length, each, more)
+    def counted(backbone, inputs, length, each=1):
+        begun = plain(backbone, inputs, length, each)
         if begun is not None:
             lengths.append(length)
         return begun
@@ -53,7 +53,13 @@ def build(family):
         family, torch.float32 if family == "bloom" else torch.float64
     )  # padding is NaN in Bloom's double
     if family == "mistral":
-        backbone.model.config.sliding_window = WINDOW
+        return windowed(backbone, WINDOW)
+    return backbone
+
+
+def windowed(backbone, window):
+    backbone.model.config.sliding_window = window
+    vars(backbone).pop("config", None)  # as it was
     return backbone
 
 
@@ -152,14 +158,40 @@ def test_what_is_generated_stays(name, family, how, passes):
     assert torch.equal(found, whole[:, 10:])
 
 
-@pytest.mark.parametrize(
-    "setting", [{"no_repeat_ngram_size": 2}, {"use_cache": False}, {"cache_implementation": "static"}]
-)
-def test_settings_that_see_columns_share_nothing(setting, passes):
+SETTINGS = [
+    {"no_repeat_ngram_size": 2},
+    {"encoder_no_repeat_ngram_size": 2},
+    {"use_cache": False},
+    {"cache_implementation": "static"},
+    {"guidance_scale": 1.5},
+]
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+@pytest.mark.parametrize("own", [True, False])
+def test_settings_that_see_columns_share_nothing(setting, own, passes):
+    """Whether they are given, or the model's own."""
     adapted = adapted_to("llama", "lora")
-    config = GenerationConfig(max_new_tokens=3, pad_token_id=0, **setting)
-    assert adapted.generate(prompts(adapted.backbone), None, config).shape == (3, 3)
+    given = {"max_new_tokens": 3, "pad_token_id": 0, **({} if own else setting)}
+    if own:
+        adapted.model.generation_config.update(**setting)
+    assert adapted.generate(prompts(adapted.backbone), None, GenerationConfig(**given)).shape == (3, 3)
     assert not passes
+
+
+@pytest.mark.parametrize("setting", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
+def test_the_models_own_settings_count(setting, passes):
+    adapted, config = adapted_to("llama", "lora"), GenerationConfig(max_new_tokens=3, pad_token_id=0)
+    adapted.model.generation_config.update(**setting)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        found = adapted.generate(prompts(adapted.backbone), None, config)
+        torch.manual_seed(0)
+        assert torch.equal(found, plainly(lambda: adapted.generate(prompts(adapted.backbone), None, config)))
+    assert passes[1:] == [4]
+    adapted.model.generation_config.update(return_dict_in_generate=True)
+    with pytest.raises(ConfigError, match="generate gives tokens alone"):
+        adapted.generate(prompts(adapted.backbone), None, config)
 
 
 def test_rows_of_a_slot_each_and_encoder_decoders_are_generated_as_ever(passes):
@@ -193,11 +225,52 @@ def test_a_window_that_padding_would_fill_shares_nothing(passes):
     assert shared.begun(backbone, whole, more=WINDOW).length == 9
 
 
-@pytest.mark.parametrize("name", ["mpt", "gpt_neo", "mamba"])
+@pytest.mark.parametrize("window", [20, 22, 24, 26, 40])
+def test_answers_that_follow_are_within_the_window_too(window, passes):
+    task = dp.Task("one two three good movie {text} it was {mask}", {"a": "good movie so bad it", "b": "bad"})
+    model = dp.adapt(windowed(build("mistral"), window), task)
+    examples = [dp.Example({"text": text}) for text in (*TEXTS, "one two three good movie one two three")]
+    longest = max(row.length for row in model.encode(examples))
+    found = model.probabilities(examples)
+    assert_close(found, plainly(lambda: model.probabilities(examples)), rtol=0, atol=1e-5)
+    assert bool(passes) == (longest + max(model.features.answer_lengths) - 1 <= window)
+
+
+def test_a_window_of_the_models_own_making_is_seen(passes):
+    """GPT-Neo's lies in a buffer, where its cache does not know of it."""
+    backbone = zoo.build("gpt_neo")
+    window, inputs = backbone.config["window_size"], prompts(backbone)
+    assert shared.begun(backbone, inputs, more=window - 10).length == 4
+    assert shared.begun(backbone, inputs, more=window) is None
+
+
+def test_positions_by_length_share_nothing(passes):
+    backbone = zoo.build("llama")
+    backbone.model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    vars(backbone).pop("config", None)
+    assert shared.begun(backbone, prompts(backbone)) is None
+    assert not passes
+
+
+@pytest.mark.parametrize("name", ["mpt", "mamba", "roformer"])
 def test_models_that_count_columns_or_keep_states_share_nothing(name, passes):
     (architecture,) = chosen_models(f"causal:{name}")
-    assert shared.begun(backbone_of(architecture), prompts(zoo.build("llama"))) is None
-    assert len(passes) <= 1  # the trial
+    backbone = backbone_of(architecture)
+    assert shared.begun(backbone, prompts(zoo.build("llama"))) is None
+    assert shared.TRIED[backbone.model] is False
+
+
+def test_a_trial_that_tells_nothing_is_made_again(passes):
+    adapted = adapted_to("llama", "lora")
+    parts = dict(adapted.parts())
+    kept = {name: p.detach().clone() for name, p in parts.items()}
+    with torch.no_grad():
+        for p in parts.values():
+            p.fill_(float("nan"))
+        assert shared.begun(adapted.backbone, prompts(adapted.backbone)) is None
+        for name, p in parts.items():
+            p.copy_(kept[name])
+        assert shared.begun(adapted.backbone, prompts(adapted.backbone)).length == 4
 
 
 def test_what_is_not_a_padded_batch_of_texts_shares_nothing():
@@ -205,5 +278,8 @@ def test_what_is_not_a_padded_batch_of_texts_shares_nothing():
     assert shared.shared_length(inputs) == 4
     assert shared.shared_length({**inputs, "token_type_ids": inputs["input_ids"]}) == 0
     assert shared.shared_length({n: t.flip(1) for n, t in inputs.items()}) == 0  # padded on the right
+    assert shared.shared_length({"input_ids": inputs["input_ids"]}) == 0
+    moved = (inputs["attention_mask"].cumsum(1) + 7).clamp(min=0)
+    assert shared.shared_length({**inputs, "position_ids": moved}) == 0
     inputs["input_ids"][1, 3] += 1
     assert shared.shared_length(inputs) == 0

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from deltaprompt import store
 from deltaprompt.cli import app
+from deltaprompt.trainer import loop
 from tests import backbones_zoo as zoo
 
 TEXTS = ("a good movie", "so bad", "good", "it was bad", "good good", "three bad movie so it", "so good", "bad movie")
@@ -171,3 +172,29 @@ def test_one_that_diverges_leaves_the_others(common: list[str], tmp_path: Path, 
     done = CliRunner().invoke(app, ["fit", *map(str, grid), "--grid", "learning_rate=1e30", "--grid", "shots=1"])
     assert done.exit_code == 2
     assert "no cell of the grid came to its end; shots-1_learning_rate-1e+30: the " in done.stderr
+
+
+def test_a_seed_that_diverges_leaves_the_others(
+    common: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = loop.Loop._losses
+
+    def losses(self: Any, running: Any, picked: Any) -> Any:
+        found = plain(self, running, picked)
+        bad = [running[course].slot == 1 for course, _, _ in picked]
+        return [loss * float("nan") if out else loss for loss, out in zip(found, bad, strict=True)]
+
+    arguments = (*common, "--template", TEMPLATES[0], "--shots", 1, "--seeds", "0-2", "--out", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Loop, "_losses", losses)
+        shown = fit(*arguments).stdout
+    assert "seed 1 failed: the loss is nan at step 1" in shown
+    told = json.loads((tmp_path / "seeds.json").read_text())
+    assert list(told["failed"]) == ["1"]
+    assert len(told["test"]["accuracy"]["each"]) == 2
+    assert told["best_seed"] in (0, 2)
+    again = fit_json(*arguments, "--resume")
+    assert "failed" not in again
+    assert len(again["test"]["accuracy"]["each"]) == 3
+    whole = fit_json(*arguments[:-1], tmp_path / "whole")
+    assert again["test"] == whole["test"]

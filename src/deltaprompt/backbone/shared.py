@@ -1,13 +1,14 @@
 """Tokens that all rows of a batch begin with are run once; every row goes on from their keys and values.
 
 The rows are laid out as [shared tokens, padding, own tokens], so positions stay what they were. Nothing is shared where
-it would not be exact: in a model that keeps something else than keys and values, where attention windows or positions
-count columns, or where a model on two short rows gives other states than in one pass.
+it would not be exact: in a model that keeps something else than keys and values, where padding would move something out
+of an attention window, where positions are rotated by a text's length, or where a model on two short rows gives other
+states than in one pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, Final
@@ -16,16 +17,19 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from deltaprompt.backbone.fused import at_rest
 from deltaprompt.backbone.layers import is_spread
 from deltaprompt.backbone.load import Backbone, states_of, takes
 
 SAVED: Final = 128  # tokens of a batch that need not be run, below which a pass of its own for them does not pay
 KNOWN: Final = {"input_ids", "attention_mask", "position_ids"}
+WINDOWS: Final = ("sliding_window", "window_size", "attention_window", "attention_chunk_size")  # in a config
+BY_LENGTH: Final = ("longrope", "dynamic")  # sorts of rotary positions that depend on how long a text is
 ROUNDING: Final = 256  # units in the last place of a state's norm that another order of sums may make
 COARSE: Final = 0.1  # and never more, in half precision
 FRONT, OWN = 3, (4, 2)  # tokens of the rows that a model is tried on
 
-TRIED: Final[WeakKeyDictionary[nn.Module, bool]] = WeakKeyDictionary()  # models that were tried, and whether they can
+TRIED: Final[WeakKeyDictionary[nn.Module, bool]] = WeakKeyDictionary()  # models that were tried, whether they can
 
 Inputs = Mapping[str, Tensor]
 
@@ -51,20 +55,24 @@ def begun(backbone: Backbone, inputs: Inputs, each: int = 1, more: float = 0) ->
         backbone: a causal model; no row has deltas of its own.
         inputs: input_ids and attention_mask [b, s].
         each: rows that will stand for each row, in generation.
-        more: tokens that will be generated.
+        more: tokens that will follow.
     """
     length = shared_length(inputs)
-    if (len(inputs["input_ids"]) * each - 1) * length < SAVED:
+    if (len(inputs["input_ids"]) * each - 1) * length < SAVED or not _in_sight(backbone, inputs, more):
         return None
-    return _run(backbone, inputs, length, each, more) if _exact(backbone) else None
+    return _run(backbone, inputs, length, each) if _exact(backbone) else None
 
 
 def shared_length(inputs: Inputs) -> int:
     """p: how many tokens all rows begin with, each row keeping one of its own at least; 0 where padding is not left."""
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    if not inputs.keys() <= KNOWN or mask.shape != ids.shape or mask.cummax(1).values.ne(mask).any():
+    if not inputs.keys() <= KNOWN or "attention_mask" not in inputs:
         return 0
-    own = mask.sum(1)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    if mask.shape != ids.shape or mask.cummax(1).values.ne(mask).any():
+        return 0
+    places, own = (mask.cumsum(1) - 1).clamp(min=0), mask.sum(1)
+    if not torch.equal(inputs.get("position_ids", places), places):
+        return 0
     columns = ids.shape[1] - own[:, None] + torch.arange(max(int(own.min()) - 1, 0), device=ids.device)
     first = ids.gather(1, columns)  # [b, shortest - 1]
     return int((first == first[0]).all(0).cumprod(0).sum())
@@ -75,7 +83,19 @@ def states_after(backbone: Backbone, begun: Begun) -> Tensor:
     return states_of(backbone.outputs(begun.inputs, use_cache=False, past_key_values=begun.cache))
 
 
-def _run(backbone: Backbone, inputs: Inputs, length: int, each: int = 1, more: float = 0) -> Begun | None:
+def rotates_by_length(config: Any) -> bool:
+    """Whether a config, a plain dictionary with others in it, asks for positions that depend on how long a text is."""
+    return any(name == "rope_type" and value in BY_LENGTH for name, value in _entries(config))
+
+
+def _entries(config: Any) -> Iterator[tuple[str, Any]]:
+    """All names and values in a config, and in those in it."""
+    for name, value in config.items() if isinstance(config, Mapping) else ():
+        yield name, value
+        yield from _entries(value)
+
+
+def _run(backbone: Backbone, inputs: Inputs, length: int, each: int = 1) -> Begun | None:
     """The shared tokens run by themselves."""
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     start = ids.shape[1] - int(mask[0].sum())
@@ -83,7 +103,7 @@ def _run(backbone: Backbone, inputs: Inputs, length: int, each: int = 1, more: f
     places = torch.arange(length, device=ids.device)[None]
     first = {"input_ids": front, "attention_mask": torch.ones_like(front), "position_ids": places}
     cache = backbone.outputs(first, use_cache=True).get("past_key_values")
-    if not is_whole(cache, length) or not _in_sight(cache, mask, more):
+    if not is_whole(cache, length):
         return None
     places = mask.cumsum(1)[:, length:] - 1  # [b, s - p]
     own = (places >= length).to(mask.dtype)
@@ -98,25 +118,28 @@ def _run(backbone: Backbone, inputs: Inputs, length: int, each: int = 1, more: f
     )
 
 
-def _in_sight(cache: Any, mask: Tensor, more: float) -> bool:
+def _in_sight(backbone: Backbone, inputs: Inputs, more: float) -> bool:
     """Whether padding between the shared tokens and a row's own moves nothing out of an attention window."""
-    from transformers.cache_utils import DynamicSlidingWindowLayer
-
-    windows = [layer.sliding_window for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer)]
+    told = _entries(backbone.config)
+    windows = [value for name, value in told if name in WINDOWS and isinstance(value, int) and value > 0]
+    mask = inputs["attention_mask"]
     return not windows or bool(mask.all()) or mask.shape[1] + more <= min(windows)
 
 
 def _exact(backbone: Backbone) -> bool:
     """Whether a model gives the same states either way, seen once on two short rows."""
     if backbone.model not in TRIED:
-        TRIED[backbone.model] = not is_spread(backbone.model) and _tried(backbone)
+        possible = takes(backbone.base, "past_key_values") and not is_spread(backbone.model)
+        found = possible and not rotates_by_length(backbone.config) and _tried(backbone)
+        if found is None:
+            return False
+        TRIED[backbone.model] = found
     return TRIED[backbone.model]
 
 
 @torch.no_grad()
-def _tried(backbone: Backbone) -> bool:
-    if not takes(backbone.base, "past_key_values"):
-        return False
+def _tried(backbone: Backbone) -> bool | None:
+    """Whether two short rows have the same states either way; None where nothing could be seen."""
     total = FRONT + max(OWN)
     device = next(backbone.model.parameters()).device
     ids = torch.arange(2 * total, device=device).reshape(2, total) % backbone.vocabulary
@@ -124,18 +147,24 @@ def _tried(backbone: Backbone) -> bool:
     ids[1, -FRONT - OWN[1] : -OWN[1]] = ids[0, :FRONT]
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
     try:
-        whole = backbone.states(inputs)[:, FRONT:]
-        rest = _run(backbone, inputs, FRONT)
-        if rest is None:
-            return False
-        found = states_after(backbone, rest)
+        with at_rest(backbone.model):
+            whole = backbone.states(inputs)[:, FRONT:]
+            rest = _run(backbone, inputs, FRONT)
+            found = None if rest is None else states_after(backbone, rest)
+    except (torch.OutOfMemoryError, MemoryError):
+        return None
     except Exception:  # whatever a model's code does with a cache that another pass has filled
         return False
-    own = rest.inputs["attention_mask"][:, FRONT:].bool()
-    gap = (found - whole)[own].float().norm(dim=-1)
+    return False if found is None else _same(found, whole, mask.cumsum(1)[:, FRONT:] > FRONT)
+
+
+def _same(found: Tensor, whole: Tensor, own: Tensor) -> bool | None:
+    """Whether states [b, s, d] are alike up to rounding where `own` [b, s] says; None where they are no numbers."""
+    size, gap = whole[own].float().norm(dim=-1), (found - whole)[own].float().norm(dim=-1)
+    if not size.isfinite().all():
+        return None
     coarsest = max(torch.finfo(found.dtype).eps, torch.finfo(torch.float32).eps)  # of softmax, in every precision
-    allowed = min(ROUNDING * coarsest, COARSE)
-    return bool((gap <= allowed * whole[own].float().norm(dim=-1)).all())
+    return bool((gap <= min(ROUNDING * coarsest, COARSE) * size).all())
 
 
 def is_whole(cache: Any, length: int) -> bool:

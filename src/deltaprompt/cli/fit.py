@@ -182,21 +182,24 @@ def _told(recipe: Recipe, tasks: Sequence[Task], deltas: Sequence[Delta], kind: 
 def _show(result: SeedsResult) -> None:
     metrics = {"accuracy": "accuracy", "macro_f1": "macro F1"}
     columns = ["seed", "dev accuracy", *(f"test {shown}" for shown in metrics.values()), "steps", "seconds"]
+    each = {metric: iter(told["each"]) for metric, told in result.test.items()}
     body = [
         [
             str(seed),
-            f"{run.best['accuracy']:.3f}" if run.best else "–",
-            *(f"{result.test[m]['each'][i]:.3f}" if result.test else "–" for m in metrics),
+            "failed" if run.failed else f"{run.best['accuracy']:.3f}" if run.best else "–",
+            *(f"{next(each[m]):.3f}" if each and not run.failed else "–" for m in metrics),
             str(run.steps),
             f"{run.seconds:.1f}",
         ]
-        for i, (seed, run) in enumerate(zip(result.seeds, result.runs, strict=True))
+        for seed, run in zip(result.seeds, result.runs, strict=True)
     ]
     if len(body) > 1 and result.test:
-        means = [console.plus_minus(result.test[m], len(body)) for m in metrics]
+        means = [console.plus_minus(result.test[m], len(body) - len(result.failed)) for m in metrics]
         body.append(["mean ± std", "", *means, "", f"{result.seconds:.1f}"])
     screen = console.output()
     screen.print(console.table(columns, body))
+    for seed, why in result.failed.items():
+        screen.print(f"seed {seed} failed: {why}", markup=False, soft_wrap=True)
     kept = (
         f"{console.size(result.best.bytes)} in {result.out}"
         if result.out is not None

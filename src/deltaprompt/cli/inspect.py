@@ -29,19 +29,20 @@ def inspect(
             metavar="NAME|FOLDER",
         ),
     ],
-    delta: options.Deltas = None,
+    delta: options.Counted = None,
     memory: options.MemoryFlag = False,
     batch_size: options.BatchSize = None,
     length: options.Length = None,
-    dtype: options.Dtype = None,
+    dtype: options.StoredDtype = None,
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
     """Show a backbone's sites and what deltas cost there, or what a saved adaptation is."""
+    from deltaprompt.cli.predict import BEST
     from deltaprompt.errors import ConfigError
     from deltaprompt.store import holds_adaptation
 
-    saved = holds_adaptation(what) or (Path(what) / "seeds.json").is_file()
+    saved = holds_adaptation(what) or any((Path(what) / name).is_file() for name in BEST)
     if memory and (saved or not delta):
         raise ConfigError("--memory is of training deltas on a backbone: give a backbone's NAME and --delta")
     if not memory and (batch_size is not None or length is not None):

@@ -87,10 +87,18 @@ Deltas = Annotated[
         metavar="KIND[:OPTION=VALUE,…]",
     ),
 ]
+Counted = Annotated[
+    list[str] | None,
+    _option("--delta", help="Such as lora:rank=16: its sites and its cost. Repeat.", panel=MODEL, metavar="KIND[:…]"),
+]
 Device = Annotated[
     str | None, _option("--device", help="cpu, cuda, cuda:1, mps; default: the best there is.", panel=MODEL)
 ]
 Dtype = Annotated[str | None, _option("--dtype", help="float32 (the default), bfloat16, float16, auto.", panel=MODEL)]
+StoredDtype = Annotated[
+    str | None,
+    _option("--dtype", help="float32, bfloat16, float16; default: as stored, with --memory float32.", panel=MODEL),
+]
 
 Seeds = Annotated[
     str | None, _option("--seeds", help="Such as 0-4 or 0,3,7; default: 0.", panel=TRAINING, metavar="SEEDS")

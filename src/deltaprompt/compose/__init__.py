@@ -2,6 +2,7 @@
 
 from deltaprompt.compose.adapted import Adapted as Adapted
 from deltaprompt.compose.adapted import carries_deltas as carries_deltas
+from deltaprompt.compose.adapted import patches_on as patches_on
 from deltaprompt.compose.adapted import plain as plain
 from deltaprompt.compose.placing import instances as instances
 from deltaprompt.compose.placing import parameters_of as parameters_of

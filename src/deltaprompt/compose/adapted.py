@@ -246,6 +246,8 @@ class Adapted(nn.Module):
         Args:
             index: the slots.
             each: sequences searched or drawn for each row, the larger of num_beams and num_return_sequences.
+
+        What is gathered of the slots is kept until it is left: neither `index` nor what the slots hold may change.
         """
         check_slot(index, self.slots)
         with self.routing.at(index, each), self.routing.steady():
@@ -370,12 +372,17 @@ def plain(delta: Delta) -> Delta:
 
 def carries_deltas(model: nn.Module) -> bool:
     """Whether any patch is attached to a model."""
+    return next(patches_on(model), None) is not None
+
+
+def patches_on(model: nn.Module) -> Iterator[Patch]:
+    """The patches that are attached to a model, once for each of their hooks."""
     hooks = (
         hook.__self__ if isinstance(hook, MethodType) else hook
         for module in model.modules()
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values(), *attention.hooks_of(module))
     )
-    return any(isinstance(hook, Patch) for hook in hooks)
+    return (hook for hook in hooks if isinstance(hook, Patch))
 
 
 def _other_readers(model: nn.Module, embedding: nn.Module, rows: int) -> Iterator[nn.Module]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from math import inf
 from typing import TYPE_CHECKING, Final, cast
 
@@ -14,19 +15,20 @@ from deltaprompt.compose.routing import Index
 from deltaprompt.errors import ConfigError
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, PreTrainedModel
 
     from deltaprompt.compose.adapted import Adapted
 
-OTHERWISE: Final = (  # settings under which nothing is shared
-    "cache_implementation",
-    "no_repeat_ngram_size",
-    "prompt_lookup_num_tokens",
-    "guidance_scale",
-    "penalty_alpha",
-    "sequence_bias",
-    "bad_words_ids",
-    "dola_layers",
+HARMLESS: Final = frozenset(  # settings that do not ask in which columns earlier tokens stand
+    {
+        *("max_length", "max_new_tokens", "min_length", "min_new_tokens", "use_cache", "early_stopping"),
+        *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+        *("num_beams", "num_return_sequences", "length_penalty", "repetition_penalty", "renormalize_logits"),
+        *("num_beam_groups", "diversity_penalty", "encoder_repetition_penalty", "suppress_tokens"),
+        *("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "transformers_version"),
+        *("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
+        *("assistant_lookbehind", "target_lookbehind"),
+    }
 )
 
 
@@ -47,19 +49,18 @@ def generate(
     Raises:
         ConfigError: the config asks for more than the tokens; run the model's own `generate` within `generating`.
     """
-    model = adapted.model
-    config = model.generation_config if config is None else config
-    if config.return_dict_in_generate:
+    model, told = adapted.model, _settled(adapted.model, config)
+    if told.return_dict_in_generate:
         raise ConfigError(
             "generate gives tokens alone; for scores too, run adapted.model.generate(...) within adapted.generating()"
         )
-    each = max(config.num_beams or 1, config.num_return_sequences or 1)
+    each = max(told.num_beams or 1, told.num_return_sequences or 1)
     with adapted.generating(adaptation, each):
         if adapted.backbone.kind != "causal":
             return cast(Tensor, model.generate(**inputs, generation_config=config))
         ids, front = inputs["input_ids"], None
-        if not isinstance(adaptation, Tensor) and _shares(config):
-            front = begun(adapted.backbone, inputs, each, _more(config, ids.shape[1]))
+        if not isinstance(adaptation, Tensor) and _shares(told):
+            front = begun(adapted.backbone, inputs, each, _more(told, ids.shape[1]))
         if front is not None:
             inputs = {
                 "input_ids": torch.cat([front.shared.expand(len(ids), -1), front.inputs["input_ids"]], dim=1),
@@ -69,14 +70,23 @@ def generate(
         return cast(Tensor, model.generate(**inputs, generation_config=config))[:, ids.shape[1] :]
 
 
-def _shares(config: GenerationConfig) -> bool:
+def _settled(model: PreTrainedModel, config: GenerationConfig | None) -> GenerationConfig:
+    """A config with the model's own settings where it has none, as `generate` will have it."""
+    from transformers import GenerationConfig
+
+    told = GenerationConfig() if config is None else deepcopy(config)
+    told.update(**model.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
+    return told
+
+
+def _shares(told: GenerationConfig) -> bool:
     """Whether keys and values are kept in the usual way, and nothing asks in which columns earlier tokens stand."""
-    told = config.to_dict()
-    return told.get("use_cache") is not False and not any(told.get(name) for name in OTHERWISE)
+    given = (name for name, value in told.to_dict().items() if value and not name.startswith("_"))
+    return told.use_cache is not False and HARMLESS.issuperset(given)
 
 
-def _more(config: GenerationConfig, length: int) -> float:
+def _more(told: GenerationConfig, length: int) -> float:
     """The most tokens that are generated behind `length`."""
-    if config.max_new_tokens is not None:
-        return int(config.max_new_tokens)
-    return inf if config.max_length is None else max(int(config.max_length) - length, 0)
+    if told.max_new_tokens is not None:
+        return int(told.max_new_tokens)
+    return inf if told.max_length is None else max(int(told.max_length) - length, 0)

@@ -31,8 +31,8 @@ def layouts_of(backbone: Backbone, paths: Iterable[str]) -> dict[str, Layout]:
     known = TOLD.setdefault(backbone.model, {})
     if missing := set(paths) - known.keys():
         told = _told(backbone, missing)
-        known.update({path: told.get(path, "rows") for path in missing})
-    return {path: layout for path in paths if (layout := known[path]) != "rows"}
+        known.update(told)
+    return {path: layout for path in paths if (layout := known.get(path, "rows")) != "rows"}
 
 
 def _told(backbone: Backbone, paths: set[str]) -> dict[str, Layout]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ class Stack(nn.Module):
         self.specs = dict(params)
         empty = {name: torch.empty(slots, *p.shape, dtype=dtype, device=like.device) for name, p in params.items()}
         self.tensors = nn.ParameterDict({n: nn.Parameter(t, params[n].trains) for n, t in empty.items()})
+        self._roomy: dict[str, Tensor] = {}  # the storages with room to grow in that were made here, and their room
 
     @property
     def own(self) -> Mapping[str, Tensor]:
@@ -41,9 +42,31 @@ class Stack(nn.Module):
 
     @torch.no_grad()
     def grow(self, slots: int) -> None:
-        """As many more slots, all zero; parameters stay the same objects."""
-        for t in self.tensors.values():
-            t.data = _longer(t.data, slots)
+        """As many more slots, all zero; parameters stay the same objects, but optimizers know them as they were."""
+        for name, t in self.tensors.items():
+            t.data, t.grad = self._longer(name, t.data, slots), None
+
+    def _longer(self, name: str, t: Tensor, slots: int) -> Tensor:
+        """A tensor [n, …] with as many more slots, zero: in a storage with room for them it stays there, not copied.
+
+        A new storage has room for twice as many slots, so that one more costs the same on average however many there
+        are. On a CPU that room takes no memory before it is written to; elsewhere it does, and is an eighth.
+        """
+        n, room = len(t) + slots, self._roomy.get(name)
+        if room is None or room.data_ptr() != t.data_ptr() or n > len(room):
+            room = t.new_empty(n + (n if t.device.type == "cpu" else n // 8), *t.shape[1:])
+            room[: len(t)] = t
+            self._roomy[name] = room
+        room[len(t) : n].zero_()
+        return room[:n]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied or pickled has no spare room."""
+        for name, t in self.tensors.items():
+            if name in self._roomy:
+                t.data = t.data.clone()
+        self._roomy.clear()
+        return dict(vars(self))
 
     def routed(self, rows: int) -> int | Tensor:
         """The slot of all rows, or the slot of each of `rows` rows."""
@@ -85,20 +108,3 @@ class Common(Stack):
     def constants(self) -> dict[str, Tensor]:
         """The numbers that do not train, by name."""
         return {name: self.get_buffer(str(number)) for number, name in enumerate(self.names)}
-
-
-def _longer(t: Tensor, slots: int) -> Tensor:
-    """A tensor [n, …] with as many more slots, zero: where its storage has room it stays there, and is not copied.
-
-    A new storage has room for twice as many slots, so that one more costs the same on average however many there are.
-    On a CPU that room takes no memory before it is written to; elsewhere it does, and is an eighth of the slots.
-    """
-    size, n = t[0].numel(), len(t) + slots
-    start, room = t.storage_offset(), t.untyped_storage().nbytes() // t.element_size()
-    if not t.is_contiguous() or start + n * size > room:
-        spare = n if t.device.type == "cpu" else n // 8
-        t, old = t.new_empty(n + spare, *t.shape[1:])[: len(t)], t
-        t.copy_(old)
-    longer = t.as_strided((n, *t.shape[1:]), t.stride(), t.storage_offset())
-    longer[len(t) :].zero_()
-    return longer

@@ -1,4 +1,4 @@
-"""Which part of a backbone lies below the lowest delta, and whether a pass may leave it out: seen on one text."""
+"""Which part of a backbone lies below the lowest delta, and whether a pass may leave it out: seen on two texts."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from deltaprompt.backbone import Backbone
 from deltaprompt.backbone.layers import is_spread
 from deltaprompt.backbone.load import states_of
+from deltaprompt.backbone.shared import rotates_by_length
 from deltaprompt.compose.patch import Patch
 from deltaprompt.features import Encoded
 from deltaprompt.features.features import Row
@@ -41,12 +42,14 @@ class Nothing:
     why: str = ""
 
 
-def below(model: Model, text: Encoded) -> Below | Nothing:
-    """What lies below a model's deltas. The text is run by itself, and cut short beside itself."""
+def below(model: Model, texts: Sequence[Encoded]) -> Below | Nothing:
+    """What lies below a model's deltas. The shortest text is run by itself, and beside the longest one."""
     if reason := _forbidden(model):
         return Nothing(reason)
-    row = text.variants[0]
-    short = Row(row.ids[: max(1, len(row.ids) - CUT)], [0], row.decoder)
+    rows = sorted((row for text in texts for row in text.variants), key=lambda row: len(row.ids))
+    row, short = rows[-1], Row(rows[0].ids, [0], rows[0].decoder)
+    if len(row.ids) - len(short.ids) < CUT:
+        short = Row(row.ids[: max(1, len(row.ids) - CUT)], [0], row.decoder)
     device = model.device
     alone = model.features.collate([Encoded((short,))]).to(device).inputs
     both = model.features.collate([Encoded((row,)), Encoded((short,))]).to(device).inputs
@@ -65,6 +68,8 @@ def _forbidden(model: Model) -> str:
         return "its layers are spread over processes"
     if any(p.requires_grad for p in model.backbone.model.parameters()):
         return "the backbone trains too"
+    if rotates_by_length(model.backbone.config):
+        return "its positions depend on how long a batch is"
     if any(model.reader(slot).reading.continues for slot in range(model.adapted.slots)):
         return "answers of several tokens need its keys and values"
     return ""
@@ -168,7 +173,8 @@ def _close(a: Tensor, b: Tensor) -> bool:
     """Whether states [..., d] are alike up to rounding, each of them."""
     if a.shape != b.shape:
         return False
-    allowed = min(ROUNDING * torch.finfo(b.dtype).eps, COARSE)
+    coarsest = max(torch.finfo(b.dtype).eps, torch.finfo(torch.float32).eps)  # of softmax, in every precision
+    allowed = min(ROUNDING * coarsest, COARSE)
     wide = torch.float64 if a.device.type != "mps" else torch.float32
     a, b = a.to(wide), b.to(wide)
     return bool(((a - b).norm(dim=-1) <= allowed * b.norm(dim=-1)).all())

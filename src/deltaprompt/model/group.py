@@ -33,11 +33,15 @@ class Group:
     def __init__(self, backbone: Backbone, deltas: Sequence[Delta], slots: int) -> None:
         self.deltas = tuple(deltas)
         self.adapted = Adapted(backbone, deltas).eval()
-        self.adapted.routing.rest()
-        self.adapted.tell_layouts()
-        self.parts = dict(self.adapted.parts())
         self._free = [0]
-        self.make_room(slots)
+        try:
+            self.adapted.routing.rest()
+            self.adapted.tell_layouts()
+            self.parts = dict(self.adapted.parts())
+            self.make_room(slots)
+        except BaseException:  # memory that runs out, for one
+            self.remove()
+            raise
 
     @classmethod
     def of(cls, backbone: Backbone, wanted: Sequence[Sequence[Delta]], before: Group | None = None) -> Group:
@@ -70,7 +74,7 @@ class Group:
             raise StoreError(f"the saved tensors are not those of its deltas ({odd[0]!r} and {len(odd) - 1} more)")
         wide = self._as_wide(deltas, saved)
         for name, tensor in wide.items():
-            if any(n > of for n, of in zip(tensor.shape, self.parts[name].shape[1:], strict=True)):
+            if not self._fits(deltas, name, tensor):
                 raise StoreError(f"the saved tensor {name!r} has shape {list(tensor.shape)}, which does not fit")
         slot = self._free.pop()
         for name, tensor in wide.items():
@@ -81,6 +85,14 @@ class Group:
                 short = [of - n for n, of in zip(tensor.shape, place.shape, strict=True)]
                 place.copy_(functional.pad(tensor, [side for n in reversed(short) for side in (0, n)]))
         return slot
+
+    def _fits(self, deltas: Sequence[Delta], name: str, tensor: Tensor) -> bool:
+        """Whether a tensor has the shape of its place, but where a delta is narrower than the group's."""
+        number, place = int(name.partition(".")[0]), self.parts[name].shape[1:]
+        narrow, wide = _width(deltas[number]), _width(self.deltas[number])
+        return tensor.ndim == len(place) and all(
+            n == of or (n, of) == (narrow, wide) for n, of in zip(tensor.shape, place, strict=True)
+        )
 
     def _as_wide(self, deltas: Sequence[Delta], saved: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The tensors as the group's own, wider deltas need them."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from deltaprompt import store
 from deltaprompt.backbone import Backbone
-from deltaprompt.compose import carries_deltas
+from deltaprompt.compose import carries_deltas, patches_on
 from deltaprompt.deltas._base import Delta
 from deltaprompt.errors import ConfigError, DeltaPromptError, SiteError, StoreError, nearest
 from deltaprompt.features import Encoded, Features
@@ -34,6 +34,11 @@ from deltaprompt.types import Example
 
 ASKED = ("template", "labels", "verbalizer", "max_length", "deltas")  # of a record: what its tensors are for
 VERBALIZER, DELTA = "verbalizer.", "delta."  # what the stored names of tensors begin with
+
+OTHERS = (
+    "this backbone already carries a model's deltas, which would act here too; take them off it with that model's "
+    ".adapted.remove(), or load the backbone again"
+)
 
 T = TypeVar("T")
 
@@ -73,14 +78,11 @@ class Many:
 
     def __init__(self, backbone: Backbone) -> None:
         if carries_deltas(backbone.model):
-            raise ConfigError(
-                "this backbone already carries a model's deltas, which would act here too; take them off it with that "
-                "model's .adapted.remove(), or load the backbone again"
-            )
+            raise ConfigError(OTHERS)
         self.backbone = backbone
         self._entries: dict[str, Entry] = {}
         self._groups: dict[str, Group] = {}  # by sort
-        self._identities: dict[bool, Mapping[str, Any]] = {}  # of the backbone, with a chat template and without
+        self._identities: dict[Any, Mapping[str, Any]] = {}  # of the backbone, its weights being as they are
         self._asked: WeakValueDictionary[str, Asked] = WeakValueDictionary()  # by what records say of it
 
     @property
@@ -124,6 +126,7 @@ class Many:
 
     def _add(self, folders: Mapping[str, str | Path]) -> list[str]:
         """Opens adaptations by name: all records first, so that every group is made as large as it must be."""
+        self._check_alone()
         made: dict[str, Entry] = {}
         try:
             planned = [self._planned(name, folder) for name, folder in folders.items()]
@@ -149,15 +152,28 @@ class Many:
         if name in self._entries:
             raise ConfigError(f"there is already an adaptation {name!r}; give {folder} another name, or drop that one")
         record = store.describe(folder)
-        chat = parse(record["template"]).is_chat
-        if chat not in self._identities:
-            self._identities[chat] = identity(self.backbone, record["template"])
-        check(record, self._identities[chat], folder)
+        check(record, self._identity(record["template"]), folder)
         try:
             asked = self._asked_of(record)
         except DeltaPromptError as e:
             raise not_made(record, folder, e) from e
         return Plan(name, folder, record, asked, asked.reading.scorer(self.backbone).eval())
+
+    def _identity(self, template: str) -> Mapping[str, Any]:
+        """What tells the backbone; made anew where its weights were written to since."""
+        every = self.backbone.model.parameters()
+        weights = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in every)
+        key = (parse(template).is_chat, weights)
+        if key not in self._identities:
+            self._identities = {known: v for known, v in self._identities.items() if known[1] == weights}
+            self._identities[key] = identity(self.backbone, template)
+        return self._identities[key]
+
+    def _check_alone(self) -> None:
+        """An error where another model has deltas on the backbone, which would act here too."""
+        own = {id(patch) for group in self._groups.values() for patch in group.adapted.patches}
+        if any(id(patch) not in own for patch in patches_on(self.backbone.model)):
+            raise ConfigError(OTHERS)
 
     def _asked_of(self, record: Mapping[str, Any]) -> Asked:
         """What a record asks for, made once for all records that ask for the same."""
@@ -171,11 +187,16 @@ class Many:
         if group is not None and group.holds(wanted):
             group.make_room(len(wanted))
             return
-        self._groups[sort] = Group.of(self.backbone, wanted, group)
-        for name, entry in self._entries.items():
-            if group is not None and entry.group is group:
-                slot = self._groups[sort].take_over(group, entry.slot)
-                self._entries[name] = replace(entry, group=self._groups[sort], slot=slot)
+        wider, moved = Group.of(self.backbone, wanted, group), dict[str, Entry]()
+        try:
+            for name, entry in self._entries.items():
+                if group is not None and entry.group is group:
+                    moved[name] = replace(entry, group=wider, slot=wider.take_over(group, entry.slot))
+        except BaseException:
+            wider.remove()
+            raise
+        self._groups[sort] = wider
+        self._entries |= moved
         if group is not None:
             group.remove()
 
@@ -199,6 +220,7 @@ class Many:
         names = [adaptation] * len(examples) if isinstance(adaptation, str) else list(adaptation)
         if len(names) != len(examples):
             raise ConfigError(f"{len(names)} adaptations for {len(examples)} texts; name one for all, or one a text")
+        self._check_alone()
         entries = [self._entry(name) for name in names]
         found = self._probabilities(entries, [example_of(e) for e in examples], batch_size)
         return [answer(e.task.names, p.tolist()) for e, p in zip(entries, found, strict=True)]
@@ -223,7 +245,8 @@ class Many:
         one = of[0] if len({id(entry) for entry in of}) == 1 else None
         with self._alone(one) if one is not None else self._mixed(of, batch.variants):
             repeated = one.repeated if one is not None and one.continues else None
-            at = read(self.backbone, batch, repeated, alike=one is not None)
+            more = None if one is None else max(one.features.answer_lengths) - 1
+            at = read(self.backbone, batch, repeated, more=more)
             for entry, own in _by(of):
                 each = entry.scorer(of_rows(at, own)).float().softmax(-1).cpu()
                 found |= zip([part[i] for i in own], each, strict=True)

@@ -113,7 +113,9 @@ class Model(nn.Module):
             )
         with self.adapted.repeated(batch.variants):
             alike = not self.training and not isinstance(adaptation, Tensor)
-            return read(self.backbone, batch, self.adapted.repeated if continues else None, self.once, alike)
+            more = max(reading[0].features.answer_lengths) - 1 if continues else 0
+            repeated = self.adapted.repeated if continues else None
+            return read(self.backbone, batch, repeated, self.once, more if alike else None)
 
     def _numbers(self, adaptation: Index) -> list[int]:
         """The readers that a batch is of."""
@@ -282,7 +284,7 @@ def read(
     batch: Batch,
     repeated: Callable[[int], AbstractContextManager[None]] | None = None,
     once: Callable[[Batch], Tensor] | None = None,
-    alike: bool = False,
+    more: int | None = None,
 ) -> AtMask:
     """The states of a batch where the answer is read.
 
@@ -291,11 +293,12 @@ def read(
         batch: b rows of v variants each.
         repeated: where answers of several tokens are scored, what tells the deltas that rows are repeated.
         once: what reads the states in place of the backbone, while those of frozen layers are kept.
-        alike: whether all rows are of one adaptation, so that tokens which they share in front can be run once.
+        more: where all rows are of one adaptation, so that tokens which they share in front can be run once, the
+            tokens of an answer that will follow.
     """
     b, v = batch.answer_at.shape[0] // batch.variants, batch.variants
     prompt = None
-    front = _begun(backbone, batch.inputs) if alike and once is None else None
+    front = _begun(backbone, batch.inputs, more) if more is not None and once is None else None
     if repeated is not None and backbone.kind in ("causal", "seq2seq"):
         prompt = prompted(backbone, batch.inputs if front is None else front.inputs, repeated, front)
     if once is not None and prompt is None:
@@ -314,11 +317,11 @@ def read(
     )
 
 
-def _begun(backbone: Backbone, inputs: Mapping[str, Tensor]) -> Begun | None:
+def _begun(backbone: Backbone, inputs: Mapping[str, Tensor], more: int) -> Begun | None:
     """A batch whose shared tokens have been run; not in training, where each row draws its own dropout."""
     if backbone.kind != "causal" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    return begun(backbone, inputs)
+    return begun(backbone, inputs, more=more)
 
 
 def at_answers(states: Tensor, answer_at: Tensor) -> Tensor:

@@ -48,8 +48,13 @@ class Shelf:
             return
         file = self._opened()
         if self.written + size <= self._room:
-            file.seek(self.written)
-            file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            try:
+                file.seek(self.written)
+                file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+                file.flush()
+            except OSError:  # others have filled the disk since
+                self._room = self.written
+                return
             self._far[key] = (self.written, tensor.shape, tensor.dtype)
             self.written += size
 

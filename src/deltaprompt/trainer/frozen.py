@@ -50,4 +50,4 @@ def _found(model: Model, courses: Sequence[Course]) -> Below | Nothing:
         return Nothing("the backbone's dropout is on")
     if processes() > 1:
         return Nothing("several processes")
-    return below(model, courses[0].rows[0])
+    return below(model, [row for course in courses for row in course.rows])

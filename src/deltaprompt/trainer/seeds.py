@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from deltaprompt.errors import ConfigError
+from deltaprompt.errors import ConfigError, TrainingError
 from deltaprompt.model import Model
 from deltaprompt.trainer.accelerated import is_main
 from deltaprompt.trainer.fitting import fit
 from deltaprompt.trainer.kept import note
-from deltaprompt.trainer.many import TOGETHER, fit_many
+from deltaprompt.trainer.many import TOGETHER, train_many
 from deltaprompt.trainer.plan import Plan
 from deltaprompt.trainer.progress import Progress
 from deltaprompt.trainer.run import Metrics, Run, rank
@@ -32,7 +32,7 @@ class SeedsResult:
 
     seeds: tuple[int, ...]
     runs: tuple[Run, ...]
-    test: Mapping[str, Mapping[str, Any]]  # metric -> mean, std, each; empty without test data
+    test: Mapping[str, Mapping[str, Any]]  # metric -> mean, std, each, of those that came to their end
     best_seed: int  # the best on dev; without dev the first
     seconds: float
     out: Path | None  # of several seeds, `out/seed-0`, … are the adaptations
@@ -42,10 +42,17 @@ class SeedsResult:
         """The run of the best seed."""
         return self.runs[self.seeds.index(self.best_seed)]
 
+    @property
+    def failed(self) -> dict[int, str]:
+        """The seeds that could not go on, and why."""
+        return {seed: run.failed for seed, run in zip(self.seeds, self.runs, strict=True) if run.failed}
+
     def as_json(self) -> dict[str, Any]:
         """What `deltaprompt fit --json` prints."""
+        failed = {str(seed): why for seed, why in self.failed.items()}
         return {
             "seeds": list(self.seeds),
+            **({"failed": failed} if failed else {}),
             "best_seed": self.best_seed,
             "test": {name: dict(told) for name, told in self.test.items()},
             "trainable": self.best.trainable,
@@ -78,6 +85,10 @@ def fit_seeds(
         together: seeds in one pass through the backbone at most; each ends as it would alone.
         out: a folder: of one seed the adaptation itself, of several `out/seed-<seed>` each.
         resume: seeds that are finished are not trained again; what was broken off goes on.
+
+    Raises:
+        TrainingError: no seed came to its end, or there is not enough memory. One that failed alone is told in the
+            result.
     """
     each_once(seeds)
     out, alone = None if out is None else Path(out), len(seeds) == 1
@@ -85,14 +96,17 @@ def fit_seeds(
 
     def train(model: Model) -> list[Run]:
         if not alone:
-            return fit_many(model, plans, together=together, out=out, resume=resume, progress=progress)
+            return train_many(model, plans, together=together, out=out, resume=resume, progress=progress)
         p = plans[0]
         return [fit(model, p.train, p.dev, training=training, seed=p.seed, out=out, resume=resume, progress=progress)]
 
     folders = [] if out is None else [out] if alone else [out / plan.called for plan in plans]
     runs, scores = tested(make_model(seeds), train, folders, test)
-    best = seeds[best_of([dev_of(run) for run in runs])]
-    result = SeedsResult(tuple(seeds), tuple(runs), told_of(scores), best, math.fsum(r.seconds for r in runs), out)
+    whole = [i for i, run in enumerate(runs) if not run.failed]
+    if not whole:
+        raise TrainingError(f"no seed came to its end; {plans[0].called}: {runs[0].failed}")
+    best, test_told = seeds[whole[best_of([dev_of(runs[i]) for i in whole])]], told_of([scores[i] for i in whole])
+    result = SeedsResult(tuple(seeds), tuple(runs), test_told, best, math.fsum(r.seconds for r in runs), out)
     if out is not None and not alone:
         written(out / SEEDS, result.as_json())
     return result
