@@ -293,7 +293,7 @@ def test_stops_early_and_the_best_is_back(monkeypatch: pytest.MonkeyPatch, model
 
 
 def test_equal_accuracy_is_decided_by_the_loss(backbone: Backbone) -> None:
-    run, _ = trained(backbone, Training(steps=40, learning_rate=2e-2), dev=TRAIN)
+    run, _ = trained(backbone, Training(steps=100, learning_rate=2e-2), dev=TRAIN)
     best = [h for h in run.history if h["dev"]["accuracy"] == run.best["accuracy"]]
     assert len(best) > 1
     assert run.best == min((h["dev"] for h in best), key=lambda m: m["loss"])
