@@ -138,7 +138,7 @@ def check(model: dp.Model, many: Callable[[int], list[float]], theirs: Theirs) -
             _, layer, rest = name.partition("layer.")
             site = f"layers.{layer and rest.split('.')[0]}.attn.{'q' if '.query.' in rest else 'v'}"
             mine = learned[f"delta.0.{site}.{'a' if 'lora_A' in rest else 'b'}"][number]
-            apart = float((p - mine).detach().norm() / mine.detach().norm())  # AdamW makes much of a gradient that is nearly zero
+            apart = float((p - mine).detach().norm() / mine.detach().norm())  # AdamW makes much of nearly nothing
             assert apart < 1e-2, f"{name} of adapter {number}: {apart:.1e} of its norm apart"
 
 
