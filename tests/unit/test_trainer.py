@@ -21,7 +21,7 @@ from deltaprompt.deltas._base import Delta
 from deltaprompt.deltas.lora import LoRA
 from deltaprompt.errors import ConfigError, TrainingError
 from deltaprompt.model import Model, Task, adapt
-from deltaprompt.trainer import Run, Training, fit, fit_seeds, loop
+from deltaprompt.trainer import Run, SeedsResult, Training, fit, fit_seeds, loop
 from deltaprompt.trainer.order import Order
 from deltaprompt.trainer.seeds import told
 from deltaprompt.types import Batch, Example
@@ -448,16 +448,20 @@ def test_several_seeds(backbone: Backbone, tmp_path: Path) -> None:
     def sets(seed: int) -> tuple[list[Example], list[Example]]:
         return TRAIN[seed:], TRAIN[:6]
 
+    def fitted(resume: bool) -> SeedsResult:
+        return fit_seeds(
+            lambda seeds: make(backbone, seeds=seeds),
+            sets,
+            TRAIN,
+            seeds=[0, 1, 2],
+            training=FAST,
+            out=tmp_path,
+            progress=shown,
+            resume=resume,
+        )
+
     shown = Told()
-    result = fit_seeds(
-        lambda seeds: make(backbone, seeds=seeds),
-        sets,
-        TRAIN,
-        seeds=[0, 1, 2],
-        training=FAST,
-        out=tmp_path,
-        progress=shown,
-    )
+    result = fitted(resume=False)
     told_of = result.as_json()
     assert json.loads(json.dumps(told_of)) == told_of
     assert json.loads((tmp_path / "seeds.json").read_text()) == told_of
@@ -478,16 +482,7 @@ def test_several_seeds(backbone: Backbone, tmp_path: Path) -> None:
     assert all(p.requires_grad for p in backbone.model.parameters())  # all models were taken off
 
     shown.calls.clear()
-    again = fit_seeds(
-        lambda seeds: make(backbone, seeds=seeds),
-        sets,
-        TRAIN,
-        seeds=[0, 1, 2],
-        training=FAST,
-        out=tmp_path,
-        progress=shown,
-        resume=True,
-    )
+    again = fitted(resume=True)
     assert again == result
     assert not shown.calls
 

@@ -160,11 +160,17 @@ def _tried(backbone: Backbone) -> bool | None:
 
 def _same(found: Tensor, whole: Tensor, own: Tensor) -> bool | None:
     """Whether states [b, s, d] are alike up to rounding where `own` [b, s] says; None where they are no numbers."""
-    size, gap = whole[own].float().norm(dim=-1), (found - whole)[own].float().norm(dim=-1)
-    if not size.isfinite().all():
-        return None
-    coarsest = max(torch.finfo(found.dtype).eps, torch.finfo(torch.float32).eps)  # of softmax, in every precision
-    return bool((gap <= min(ROUNDING * coarsest, COARSE) * size).all())
+    return alike(found[own], whole[own], ROUNDING) if whole[own].isfinite().all() else None
+
+
+def alike(states: Tensor, expected: Tensor, units: int) -> bool:
+    """Whether each of the states [..., d] is the expected one, but for so many units in the last place of its norm."""
+    if states.shape != expected.shape:
+        return False
+    coarsest = max(torch.finfo(expected.dtype).eps, torch.finfo(torch.float32).eps)  # of softmax, in every precision
+    wide = torch.float64 if states.device.type != "mps" else torch.float32
+    gap, size = (states.to(wide) - expected.to(wide)).norm(dim=-1), expected.to(wide).norm(dim=-1)
+    return bool((gap <= min(units * coarsest, COARSE) * size).all())
 
 
 def is_whole(cache: Any, length: int) -> bool:

@@ -30,8 +30,7 @@ def layouts_of(backbone: Backbone, paths: Iterable[str]) -> dict[str, Layout]:
     """
     known = TOLD.setdefault(backbone.model, {})
     if missing := set(paths) - known.keys():
-        told = _told(backbone, missing)
-        known.update(told)
+        known.update(_told(backbone, missing))
     return {path: layout for path in paths if (layout := known.get(path, "rows")) != "rows"}
 
 

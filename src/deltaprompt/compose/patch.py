@@ -228,10 +228,8 @@ class Patch(Stack):
         return rows if flat and t.shape[0] % rows == 0 else t.shape[0]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **super().__getstate__(),
-            "entered": None,
-        }  # an interrupted pass leaves it behind, and it cannot be copied
+        """As of any stack, without what an interrupted pass leaves behind, which cannot be copied."""
+        return {**super().__getstate__(), "entered": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from deltaprompt.backbone import Backbone
 from deltaprompt.backbone.layers import is_spread
 from deltaprompt.backbone.load import states_of
-from deltaprompt.backbone.shared import rotates_by_length
+from deltaprompt.backbone.shared import alike, rotates_by_length
 from deltaprompt.compose.patch import Patch
 from deltaprompt.features import Encoded
 from deltaprompt.features.features import Row
 from deltaprompt.model.model import Model, evaluating
 
 ROUNDING: Final = 64  # units in the last place of a state's norm that other padding may make: 8e-6 in float32
-COARSE: Final = 0.1  # and never more, in half precision
 CUT: Final = 3  # tokens by which the shorter of two rows is shorter
 
 Inputs = Mapping[str, Tensor]
@@ -156,7 +155,7 @@ def _exact(backbone: Backbone, found: Below, both: Inputs, alone: Inputs, states
         read = mask
     if reached.shape[:-1] != read.shape or single.ndim != reached.ndim:  # not one state a token
         return False
-    if not _close(reached[1][read[1]], single[0]):
+    if not alike(reached[1][read[1]], single[0], ROUNDING):
         return False
     if not found.modules:
         return True
@@ -166,18 +165,7 @@ def _exact(backbone: Backbone, found: Below, both: Inputs, alone: Inputs, states
     except Exception:  # whatever a model's code does without what its layers give beside their states
         return False
     seen = again.shape[:-1] == mask.shape and backbone.kind != "seq2seq"
-    return _close(again[mask], states[mask]) if seen else _close(again, states)
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    """Whether states [..., d] are alike up to rounding, each of them."""
-    if a.shape != b.shape:
-        return False
-    coarsest = max(torch.finfo(b.dtype).eps, torch.finfo(torch.float32).eps)  # of softmax, in every precision
-    allowed = min(ROUNDING * coarsest, COARSE)
-    wide = torch.float64 if a.device.type != "mps" else torch.float32
-    a, b = a.to(wide), b.to(wide)
-    return bool(((a - b).norm(dim=-1) <= allowed * b.norm(dim=-1)).all())
+    return alike(again[mask], states[mask], ROUNDING) if seen else alike(again, states, ROUNDING)
 
 
 # Passing by

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from deltaprompt import store
 from deltaprompt.backbone import Backbone
-from deltaprompt.compose import carries_deltas, patches_on
+from deltaprompt.compose import patches_on
 from deltaprompt.deltas._base import Delta
 from deltaprompt.errors import ConfigError, DeltaPromptError, SiteError, StoreError, nearest
 from deltaprompt.features import Encoded, Features
@@ -77,13 +77,13 @@ class Many:
     """Saved adaptations on one backbone, by name; they come and go while it predicts."""
 
     def __init__(self, backbone: Backbone) -> None:
-        if carries_deltas(backbone.model):
-            raise ConfigError(OTHERS)
         self.backbone = backbone
         self._entries: dict[str, Entry] = {}
         self._groups: dict[str, Group] = {}  # by sort
-        self._identities: dict[Any, Mapping[str, Any]] = {}  # of the backbone, its weights being as they are
+        self._weights: Sequence[tuple[int, int]] = ()  # of the backbone, when they were last digested: where, how often
+        self._identities: dict[bool, Mapping[str, Any]] = {}  # of the backbone, with a chat template and without
         self._asked: WeakValueDictionary[str, Asked] = WeakValueDictionary()  # by what records say of it
+        self._check_alone()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -127,6 +127,7 @@ class Many:
     def _add(self, folders: Mapping[str, str | Path]) -> list[str]:
         """Opens adaptations by name: all records first, so that every group is made as large as it must be."""
         self._check_alone()
+        self._check_weights()
         made: dict[str, Entry] = {}
         try:
             planned = [self._planned(name, folder) for name, folder in folders.items()]
@@ -160,14 +161,18 @@ class Many:
         return Plan(name, folder, record, asked, asked.reading.scorer(self.backbone).eval())
 
     def _identity(self, template: str) -> Mapping[str, Any]:
-        """What tells the backbone; made anew where its weights were written to since."""
+        """What tells the backbone."""
+        chat = parse(template).is_chat
+        if chat not in self._identities:
+            self._identities[chat] = identity(self.backbone, template)
+        return self._identities[chat]
+
+    def _check_weights(self) -> None:
+        """What tells the backbone is forgotten where its weights were written to since."""
         every = self.backbone.model.parameters()
-        weights = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in every)
-        key = (parse(template).is_chat, weights)
-        if key not in self._identities:
-            self._identities = {known: v for known, v in self._identities.items() if known[1] == weights}
-            self._identities[key] = identity(self.backbone, template)
-        return self._identities[key]
+        weights = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in every]
+        if weights != self._weights:
+            self._weights, self._identities = weights, {}
 
     def _check_alone(self) -> None:
         """An error where another model has deltas on the backbone, which would act here too."""
@@ -245,8 +250,7 @@ class Many:
         one = of[0] if len({id(entry) for entry in of}) == 1 else None
         with self._alone(one) if one is not None else self._mixed(of, batch.variants):
             repeated = one.repeated if one is not None and one.continues else None
-            more = None if one is None else max(one.features.answer_lengths) - 1
-            at = read(self.backbone, batch, repeated, more=more)
+            at = read(self.backbone, batch, repeated, more=None if one is None else one.asked.reading.later)
             for entry, own in _by(of):
                 each = entry.scorer(of_rows(at, own)).float().softmax(-1).cpu()
                 found |= zip([part[i] for i in own], each, strict=True)

@@ -113,9 +113,8 @@ class Model(nn.Module):
             )
         with self.adapted.repeated(batch.variants):
             alike = not self.training and not isinstance(adaptation, Tensor)
-            more = max(reading[0].features.answer_lengths) - 1 if continues else 0
             repeated = self.adapted.repeated if continues else None
-            return read(self.backbone, batch, repeated, self.once, more if alike else None)
+            return read(self.backbone, batch, repeated, self.once, reading[0].reading.later if alike else None)
 
     def _numbers(self, adaptation: Index) -> list[int]:
         """The readers that a batch is of."""
@@ -267,15 +266,14 @@ class Model(nn.Module):
     @torch.no_grad()
     def _begin_soft_words(self) -> None:
         """Soft tokens that begin from words take these words' embeddings."""
-        name = f"0.{self.backbone.input_embedding}.p"
+        parts, name = dict(self.adapted.parts()), f"0.{self.backbone.input_embedding}.p"
         for slot in range(self.adapted.slots):
             features, row = self.reader(slot).features, 0
             for block in features.soft_blocks:
                 if block.words is not None:
-                    tensor = dict(self.adapted.parts())[name]
                     ids = torch.tensor(features.word_ids(block.words), device=self.device)
                     words = self.backbone.model.get_input_embeddings()(ids)
-                    tensor[slot, row : row + block.size] = words.to(tensor.dtype)
+                    parts[name][slot, row : row + block.size] = words.to(parts[name].dtype)
                 row += block.size
 
 

@@ -70,7 +70,12 @@ class Reading:
     @property
     def continues(self) -> bool:
         """Whether answers of several tokens are scored one after another, so that its rows are run by themselves."""
-        return self.features.kind in ("causal", "seq2seq") and max(self.features.answer_lengths) > 1
+        return self.later > 0
+
+    @property
+    def later(self) -> int:
+        """The most tokens of an answer that follow its first one; at masks none does."""
+        return max(self.features.answer_lengths) - 1 if self.features.kind in ("causal", "seq2seq") else 0
 
     def scorer(self, backbone: Backbone, slots: int = 1) -> Scorer:
         """The verbalizer with a slot for each adaptation, whose tensors are to be written."""

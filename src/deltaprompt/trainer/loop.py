@@ -155,7 +155,8 @@ class Loop:
         passes = common([list(self._shares(course.batches())) for course in running])
         if not self.several:
             return passes
-        passes = [part for whole in passes for part in apart(whole, [self._sort(course) for course in running])]
+        sorts = [self._sort(course) for course in running]
+        passes = [part for whole in passes for part in apart(whole, sorts)]
         if self.draws:
             return passes
         device = self.accelerator.device.type

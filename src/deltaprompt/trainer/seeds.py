@@ -126,9 +126,7 @@ def tested(
 ) -> tuple[list[Run], list[Metrics]]:
     """The runs of a model's slots and their metrics on test (empty without), which their folders then tell too.
 
-    What failed is not measured.
-
-    The model is taken off its backbone.
+    What failed is not measured. The model is taken off its backbone.
     """
     try:
         runs = train(model)
