@@ -4,19 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 
+class Message(NamedTuple):
+    """A turn of a conversation: who speaks, and what is said."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row of data: its named text fields and, where known, its label's name."""
+    """One row of data: its named text fields and, where known, its label's name.
+
+    What is to be generated is a field too, or, where several texts are right, its `references`; a conversation is its
+    `messages`.
+    """
 
     fields: Mapping[str, str]
     label: str | None = None
+    references: tuple[str, ...] = ()
+    messages: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +44,7 @@ class Batch:
     variants: int = 1  # v
     labels: Tensor | None = None  # [b] class indices
     index: Tensor | None = None  # [b] rows of the data set, so that sorted batches can be put back in order
+    targets: Tensor | None = None  # [b, m] the ids that the states at `answer_at` are to give; -1 where a row has fewer
 
     def to(self, device: str | torch.device) -> Batch:
         """The same batch with every tensor on `device`."""
@@ -40,6 +54,7 @@ class Batch:
             self.variants,
             None if self.labels is None else self.labels.to(device),
             None if self.index is None else self.index.to(device),
+            None if self.targets is None else self.targets.to(device),
         )
 
 

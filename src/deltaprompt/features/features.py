@@ -45,15 +45,22 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One example: a sequence for each number of masks that answers need, and the class."""
+    """One example: a sequence for each number of masks that answers need, and the class or the ids to be generated."""
 
     variants: tuple[Row, ...]
     label: int | None = None
+    targets: tuple[int, ...] = ()  # the ids that the states at the one sequence's `at` are to give
+    parts: tuple[int, ...] = ()  # of several texts in one sequence: the length of each
 
     @property
     def length(self) -> int:
         """The length of the longest sequence."""
         return max(len(row.ids) for row in self.variants)
+
+    @property
+    def weight(self) -> int:
+        """How much it counts in a mean loss: once, or once for each id to be generated."""
+        return len(self.targets) or 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +120,13 @@ class Features:
         if self._codec.unknown in ids:  # no piece of the vocabulary goes on without a blank
             ids = self._codec.one(word)
         return self._known(word, ids)
+
+    def continued(self, texts: Sequence[str]) -> list[list[int]]:
+        """The token ids of texts as they stand behind the prompt; of an encoder-decoder, as they open an answer."""
+        space, opens = self._layout.space, self._layout.opens and not self._layout.space
+        asks = [(" " + text.lstrip(" ") if space else text, opens) for text in texts]
+        found = self._codec.encode(asks)
+        return [found[ask].ids for ask in asks]
 
     def label_index(self, label: str) -> int:
         """The class of that label."""
