@@ -13,7 +13,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltaprompt.errors import TemplateError
-from deltaprompt.templates import FILTERS, Field, Literal, Mask, Piece, Role, Soft, Template, Turn, apply_filters, parse
+from deltaprompt.templates import (
+    FILTERS,
+    Demos,
+    Field,
+    Literal,
+    Mask,
+    Piece,
+    Prefix,
+    Role,
+    Soft,
+    Special,
+    Template,
+    Turn,
+    apply_filters,
+    parse,
+)
 
 # Reading ----------------------------------------------------------------------------------------------------------
 
@@ -41,6 +56,20 @@ from deltaprompt.templates import FILTERS, Field, Literal, Mask, Piece, Role, So
             "{ text | truncate : head }{\tmask\n}{ soft : 20 : a }",
             (Field("text", cut="head"), Mask(), Soft(20, name="a")),
         ),
+        ('{soft:"Or so":x}', (Soft(words="Or so", name="x"),)),
+        ('{soft:"so":so}', (Soft(words="so"),)),
+        ("{soft:5|tied}", (Soft(5, tied=True),)),
+        ("{ soft : 5 : intro | tied }", (Soft(5, name="intro", tied=True),)),
+        ("{soft:5|lstm}{soft:5|mlp}", (Soft(5, encoder="lstm"), Soft(5, encoder="mlp"))),
+        ("{soft:5:a|mlp|tied}", (Soft(5, name="a", tied=True, encoder="mlp"),)),
+        ("{meta.word}{a.b.c|lower}", (Field("meta.word"), Field("a.b.c", ("lower",)))),
+        ("{meta.mask}{soft.size}", (Field("meta.mask"), Field("soft.size"))),
+        ("{special:sep}{ special : eos }", (Special("sep"), Special("eos"))),
+        ("{prefix:6}{ prefix.x }", (Prefix(6), Field("prefix.x"))),
+        ("a{ prefix : 06 }b", (Literal("a"), Prefix(6), Literal("b"))),
+        ("{demos:3}", (Demos(3),)),
+        ("{demos:3:nearest}", (Demos(3, "nearest"),)),
+        ("{ demos : 3 : seeded }", (Demos(3),)),
         ("{user}{text}{assistant}{mask}", (Role("user"), Field("text"), Role("assistant"), Mask())),
         ("a label's description", (Literal("a label's description"),)),
         ("{{}}", (Literal("{}"),)),
@@ -62,6 +91,9 @@ def test_source_parses_to_pieces(source: str, pieces: tuple[Piece, ...]) -> None
         ("{soft:007:x}", "{soft:7:x}"),
         (r'{soft: "say \"\\\""}', r'{soft:"say \"\\\""}'),
         ("{{ {text} }}", "{{ {text} }}"),
+        ("{soft:5|lstm | tied}", "{soft:5|tied|lstm}"),
+        ('{soft:"so": so }{soft:"so":x}', '{soft:"so"}{soft:"so":x}'),
+        ("{ demos:3:seeded }{ special : sep }{prefix: 4}", "{demos:3}{special:sep}{prefix:4}"),
     ],
 )
 def test_printed_source_is_canonical(source: str, canonical: str) -> None:
@@ -78,6 +110,21 @@ def test_fields_masks_softs() -> None:
     assert template.turns() == ()
 
 
+def test_prefix_and_demos_are_found_wherever_they_stand() -> None:
+    assert parse("{text} {prefix:4}{demos:2:nearest}").prefix == Prefix(4)
+    assert parse("{text} {prefix:4}{demos:2:nearest}").demos == Demos(2, "nearest")
+    assert parse("{text}").prefix is None
+    assert parse("{text}").demos is None
+
+
+def test_prefix_is_no_part_of_a_turn() -> None:
+    assert parse("\n{user} {prefix:4} {text}").turns() == (Turn("user", (Field("text"),)),)
+    assert parse("{prefix:4}\n{user}{text} a {assistant}").turns() == (
+        Turn("user", (Field("text"), Literal(" a"))),
+        Turn("assistant", ()),
+    )
+
+
 def test_turns_are_without_the_white_space_around_them() -> None:
     chat = parse("\n{system} Be brief.\n{user}\n  {text} ?\n{assistant} It is {mask} \n{user}\n")
     assert chat.is_chat
@@ -92,7 +139,9 @@ def test_turns_are_without_the_white_space_around_them() -> None:
 # Laws -------------------------------------------------------------------------------------------------------------
 
 NAMES = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,5}", fullmatch=True)
-FIELD_NAMES = NAMES.filter(lambda name: name not in ("mask", "soft", "system", "user", "assistant"))
+WORDS_OF_THE_LANGUAGE = ("mask", "soft", "special", "prefix", "demos", "system", "user", "assistant")
+FIELD_NAMES = st.lists(NAMES, min_size=1, max_size=3).map(".".join).filter(lambda n: n not in WORDS_OF_THE_LANGUAGE)
+ENCODERS = st.sampled_from([None, "lstm", "mlp"])
 FILTER_LISTS = st.lists(st.sampled_from(list(FILTERS)), max_size=3).map(tuple)
 BRACY = st.text(st.one_of(st.characters(), st.sampled_from('{}"\\:| ')), max_size=8)
 PIECES: st.SearchStrategy[Piece] = st.one_of(
@@ -100,11 +149,30 @@ PIECES: st.SearchStrategy[Piece] = st.one_of(
     st.builds(Field, FIELD_NAMES, FILTER_LISTS, st.booleans()),
     st.builds(Field, FIELD_NAMES, FILTER_LISTS, cut=st.sampled_from(["tail", "head", "middle"])),
     st.just(Mask()),
-    st.builds(Soft, st.integers(1, 1000)),
+    st.builds(Soft, st.integers(1, 1000), tied=st.booleans(), encoder=ENCODERS),
+    st.builds(Special, st.sampled_from(["bos", "eos", "sep", "cls", "pad"])),
     NAMES.map(lambda name: Soft(len(name), name=f"block_of_{name}")),  # one size a name, and longer than any words
+    NAMES.map(lambda name: Soft(len(name), name=f"tied_{name}", tied=True, encoder="mlp")),
+    NAMES.map(lambda name: Soft(words=f"{name} in words", name=f"words_{name}")),
     BRACY.filter(str.strip).map(lambda words: Soft(words=words)),
 )
-BODIES = st.lists(PIECES, max_size=5)
+ONCE: st.SearchStrategy[Piece] = st.one_of(
+    st.builds(Prefix, st.integers(1, 1000)),
+    st.builds(Demos, st.integers(1, 1000), st.sampled_from(["seeded", "nearest"])),
+)
+
+
+@st.composite
+def bodies(draw: st.DrawFn) -> list[Piece]:
+    """Some pieces, and at most one of those that stand once."""
+    pieces = draw(st.lists(PIECES, max_size=5))
+    if draw(st.booleans()):
+        pieces.insert(draw(st.integers(0, len(pieces))), draw(ONCE))
+    return pieces
+
+
+BODIES = bodies()
+SAID = st.lists(PIECES, max_size=5)
 
 
 @st.composite
@@ -115,7 +183,7 @@ def chats(draw: st.DrawFn) -> list[Piece]:
     roles = draw(st.sampled_from([[], [Role("system")]])) + speakers[first:last]
     pieces: list[Piece] = [Literal(draw(st.sampled_from(["", "\n", "  "])))]
     for role in roles:
-        pieces += [role, *draw(BODIES)]
+        pieces += [role, *draw(SAID)]
     return pieces
 
 
@@ -171,6 +239,9 @@ TREES: list[Piece | Turn | Template] = [
     Field("a"),
     Mask(),
     Soft(3),
+    Special("sep"),
+    Prefix(3),
+    Demos(3),
     Role("user"),
     Turn("user", ()),
     parse("a"),
@@ -208,14 +279,20 @@ def shown(error: TemplateError) -> tuple[str, str, int]:
         ("a {", 2, "this '{' is never closed"),
         ("{a} {text|lower  ", 4, "this '{' is never closed"),
         ("{{{", 2, "this '{' is never closed"),
-        ("{}", 1, "expected a field, mask, soft or a role, got '}'; write '{{' for a brace"),
-        ('{"a": 1}', 1, "expected a field, mask, soft or a role, got '\"'"),
+        ("{}", 1, "expected a field, mask, soft, special, prefix, demos or a role, got '}'; write '{{' for a brace"),
+        ('{"a": 1}', 1, "expected a field, mask, soft, special, prefix, demos or a role, got '\"'"),
         ("{2nd}", 1, "got '2'"),
-        ("{text.part}", 5, "expected '|' or '}' after 'text', got '.'; a name is made of the letters a-z and A-Z"),
+        ("{text.}", 5, "expected '|' or '}' after 'text', got '.'; a name is made of the letters a-z and A-Z"),
+        (
+            "{text.2}",
+            5,
+            "got '.'; a name is made of the letters a-z and A-Z, digits and _, that of a field also of dots",
+        ),
+        ("{a.b..c}", 4, "expected '|' or '}' after 'a.b', got '.'"),
         ("{text-a}", 5, "got '-'"),
         ("{texté}", 5, "got 'é'"),
         ("{text It was {mask}", 6, "expected '|' or '}' after 'text', got 'I'"),
-        ("{text:tail}", 5, "only truncate and soft take ':'"),
+        ("{text:tail}", 5, "after a field's name only truncate takes ':'"),
         # filters and flags
         ("{text|}", 6, "expected a filter, got '}'; possible: strip, nodot, lower, truncate, keep"),
         ("{text|lower|lowr}", 12, "there is no filter 'lowr'; did you mean 'lower'?"),
@@ -246,20 +323,58 @@ def shown(error: TemplateError) -> tuple[str, str, int]:
         ("{soft:'So'}", 6, "expected a number or quoted words after 'soft:', got \"'\""),
         ("{soft:-1}", 6, "got '-'"),
         ("{soft:1.5}", 7, "expected '}' after the soft block, got '.'"),
-        ("{soft:20|lower}", 8, "expected '}' after the soft block, got '|'"),
+        ("{soft:20|lower}", 9, "a soft block is tied or has a network, got 'lower'; possible: tied, lstm, mlp"),
+        ("{soft:20|lstn}", 9, "got 'lstn'; did you mean 'lstm'?"),
+        ("{soft:20|}", 9, "expected tied, lstm or mlp, got '}'; a soft block takes no filters"),
+        ("{soft:20|lstm|tied|mlp}", 19, "tied and one network stand once, got 'mlp' after 'lstm'; leave one out"),
+        ("{soft:20|tied|tied}", 14, "got 'tied' after 'tied'"),
+        ("{soft:20|tied:a}", 13, "expected '}' after the soft block, got ':'"),
+        ('{soft:"a" | tied}', 12, "a block that begins from words is neither tied nor computed by a network; give"),
         ("{soft:٣}", 6, "got '٣'"),
         ("{soft: 0}", 7, "a soft block has 1 to 1000 tokens, got 0"),
         ("{soft:1001:a}", 6, "a soft block has 1 to 1000 tokens, got 1001"),
         ("{soft:" + "9" * 50 + "}", 6, "a soft block has 1 to 1000 tokens, got 999999999"),
-        ("{soft:20:}", 9, "expected a name after the size and ':', got '}'; a name is made of the letters"),
-        ('{soft:20:"a"}', 9, "expected a name after the size and ':', got '\"'"),
-        ('{soft:"a":b}', 9, "expected '}' after the soft block, got ':'"),
+        ("{soft:20:}", 9, "expected a name after ':', got '}'; a name is made of the letters"),
+        ('{soft:20:"a"}', 9, "expected a name after ':', got '\"'"),
+        ('{soft:"a":2}', 10, "expected a name after ':', got '2'"),
         ('{soft:" "}', 6, "a soft block needs at least one word to begin from; write {soft:20}"),
         ('{soft:"So}', 6, "this '\"' is never closed; end the words with '\"'"),
         ('{soft:"So\\', 9, "a '\\' in words stands only before"),
         ('{soft:"S\\o"}', 8, "a '\\' in words stands only before '\"' or '\\'; write '\\\\' for a backslash"),
         ("{soft:5:a} {soft:6:a}", 11, "{soft:6:a} was {soft:5:a} before; one name is one block: rename one, or write"),
         ('{soft:5:a}{soft:"a"}', 10, '{soft:"a"} was {soft:5:a} before'),
+        ('{soft:"b":a}{soft:"c":a}', 12, '{soft:"c":a} was {soft:"b":a} before'),
+        ("{soft:5:a} {soft:5:a|tied}", 11, "{soft:5:a|tied} was {soft:5:a} before"),
+        # special tokens
+        (
+            "{special}",
+            8,
+            "expected ':' after 'special', got '}'; write {special:sep}; possible: bos, eos, sep, cls, pad",
+        ),
+        ("{special:}", 9, "expected a name after 'special:', got '}'; possible: bos, eos, sep, cls, pad"),
+        ("{special: mask}", 10, "there is no special token 'mask'; write {mask}"),
+        ("{special:sepp}", 9, "there is no special token 'sepp'; did you mean 'sep'?"),
+        ("{special:<sep>}", 9, "expected a name after 'special:', got '<'"),
+        ("{special:sep|lower}", 12, "expected '}' after 'sep', got '|'; write {special:sep}: it takes no filters"),
+        # prefixes
+        ("{prefix}", 7, "expected ':' after 'prefix', got '}'; write {prefix:6}"),
+        ("{prefix:six}", 8, "expected a number after 'prefix:', got 's'; write {prefix:6}"),
+        ("{prefix:6:a}", 9, "expected '}' after the length of the prefix, got ':'"),
+        ("{prefix: 0}", 9, "a prefix has 1 to 1000 rows, got 0"),
+        (
+            "{prefix:6} a {prefix:4}",
+            13,
+            "prefix stands once in a template, got {prefix:4} after {prefix:6}; leave one out",
+        ),
+        # demonstrations
+        ("{demos}", 6, "expected ':' after 'demos', got '}'; write {demos:3} or {demos:3:nearest}"),
+        ("{demos:a}", 7, "expected a number after 'demos:', got 'a'"),
+        ("{demos:3:}", 9, "expected a way of choosing after ':', got '}'; possible: seeded, nearest"),
+        ("{demos:3:nearst}", 9, "demos says how examples are chosen, got 'nearst'; did you mean 'nearest'?"),
+        ("{demos:3|lower}", 8, "expected '}' after the demonstrations, got '|'"),
+        ("{demos:0}", 7, "there are 1 to 1000 demonstrations, got 0"),
+        ("{demos:2} {demos:2}", 10, "demos stands once in a template, got {demos:2} after {demos:2}"),
+        ("{demos:2}{user}{text}", 0, "nothing may stand before the first role"),
     ],
 )
 def test_error_says_what_is_wrong_and_where(source: str, column: int, fragment: str) -> None:
@@ -324,7 +439,17 @@ def test_long_line_is_shown_around_the_place(before: int, after: int) -> None:
         (lambda: Soft(), "a soft block has either a size or words, got None, None"),
         (lambda: Soft(3, "So"), "a soft block has either a size or words, got 3, 'So'"),
         (lambda: Soft(3, name="my name"), "'my name' is not a name"),
-        (lambda: Soft(words="So", name="x"), "soft words are their own name, got 'x' too; leave the name out"),
+        (lambda: Soft(words="So", name="my name"), "'my name' is not a name"),
+        (lambda: Soft(words="So", tied=True), "a block that begins from words is neither tied nor computed"),
+        (lambda: Soft(words="So", encoder="mlp"), "a block that begins from words is neither tied nor computed"),
+        (lambda: Soft(3, encoder="lstn"), "there is no encoder 'lstn'; did you mean 'lstm'?"),  # type: ignore[arg-type]
+        (lambda: Special("mask"), "there is no special token 'mask'; write {mask}"),  # type: ignore[arg-type]
+        (lambda: Prefix(0), "a prefix has 1 to 1000 rows, got 0"),
+        (lambda: Demos(0), "there are 1 to 1000 demonstrations, got 0"),
+        (lambda: Demos(2, "near"), "demos says how examples are chosen, got 'near'"),  # type: ignore[arg-type]
+        (lambda: Field("a..b"), "'a..b' is not a name; a name is made of the letters"),
+        (lambda: Field("prefix"), "'prefix' cannot be a field: it is a word of the language"),
+        (lambda: Template((Prefix(2), Prefix(2))), "prefix stands once in a template"),
         (lambda: Role("usr"), "there is no role 'usr'; did you mean 'user'?"),  # type: ignore[arg-type]
         (lambda: Template(()), "the template is empty"),
         (lambda: Template((Literal(""),)), "the template is empty"),

@@ -17,7 +17,7 @@ from deltaprompt.features.chat import chat_pieces
 from deltaprompt.features.codec import Ask, Codec, Tokens
 from deltaprompt.features.layout import Fixed, Kind, Layout, Part, Raw, Run, check_masks, ends_with_answer, lay_out
 from deltaprompt.features.truncate import fit
-from deltaprompt.templates import Mask, Piece, Role, Soft, Template
+from deltaprompt.templates import SPECIALS, Demos, Mask, Piece, Prefix, Role, Soft, Special, Template
 from deltaprompt.types import Batch, Example
 
 if TYPE_CHECKING:
@@ -88,6 +88,8 @@ class Features:
             raise ConfigError(f"answers have one token or more, got answer_lengths {self.answer_lengths}")
         if self.kind == "seq2seq" and self.decoder_start_id is None:
             raise ConfigError("an encoder-decoder needs decoder_start_id; it is in the backbone's config")
+        if self.template.demos is not None:
+            raise TemplateError(f"demonstrations cannot be put in yet, got {self.template.demos}; leave it out")
         check_masks(self.kind, self.template.pieces, self.answer_lengths)
         if self._layout.masks:
             self._mask_id  # noqa: B018  says what is wrong now rather than at the first row
@@ -219,13 +221,16 @@ class Features:
         def raw(piece: Piece) -> Raw:
             if isinstance(piece, Soft):
                 return Fixed(blocks[next(numbers)], virtual=True)
-            return Fixed(()) if isinstance(piece, Role) else piece  # a role is written by the chat template
+            if isinstance(piece, Special):
+                return Fixed((self._special_id(piece),), trims=True)
+            return Fixed(()) if isinstance(piece, Role | Prefix | Demos) else piece  # a chat template writes roles
 
         chat = self.template.is_chat
-        pieces = chat_pieces(self.tokenizer, self.template, raw) if chat else [raw(p) for p in self.template.pieces]
+        spoken = [p for p in self.template.pieces if not isinstance(p, Prefix)]  # which no token stands for
+        pieces = chat_pieces(self.tokenizer, self.template, raw) if chat else [raw(p) for p in spoken]
         if self.kind == "causal":
             pieces = ends_with_answer(pieces, chat)
-        middle = lay_out(pieces, self._codec.restarts if chat else True)
+        middle = lay_out(pieces, self._codec.restarts)
         return self._enclosed(middle, chat)
 
     def _enclosed(self, middle: Layout, chat: bool) -> Layout:
@@ -253,6 +258,17 @@ class Features:
         if not ids:
             raise ConfigError(f"{words!r} has no tokens in this vocabulary; choose another word")
         if self._codec.unknown in ids:
+    def _special_id(self, piece: Special) -> int:
+        """The token of that name."""
+        named = {name.removesuffix("_token"): str(t) for name, t in self.tokenizer.special_tokens_map.items()}
+        if piece.name not in named:
+            has = ", ".join(name for name in named if name in SPECIALS)
+            raise TemplateError(
+                f"the tokenizer has no {piece.name} token for {piece}; of these it has {has or 'none'}: write one that "
+                "it has, or leave it out"
+            )
+        return int(self.tokenizer.get_vocab()[named[piece.name]])
+
             unknown = self.tokenizer.unk_token
             raise ConfigError(f"{words!r} is unknown to this vocabulary (it has {unknown}); choose another word")
         return ids

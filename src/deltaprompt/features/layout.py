@@ -25,6 +25,7 @@ class Fixed:
 
     ids: tuple[int, ...]
     virtual: bool = False
+    trims: bool = False  # text before it loses the blanks at its end, as before a soft block
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class Run:
 
     pieces: tuple[Literal | Field, ...]
     opens: bool  # nothing but soft tokens stands before it
-    bare: bool  # loses the blanks at its end: they belong to the answer that follows
+    bare: bool  # loses the blanks at its end: they belong to the answer that follows, or to nothing
 
     def fill(self, fields: Mapping[str, object]) -> tuple[Filled, Ask]:
         """The text of this run for one example, and how it is to be tokenised."""
@@ -86,7 +87,7 @@ def lay_out(pieces: Sequence[Raw], restarts: bool) -> Layout:
 
 
 def _run(group: Sequence[Raw], opens: bool, after: Sequence[Raw]) -> Run:
-    bare = any(isinstance(p, Mask) or (isinstance(p, Fixed) and p.virtual) for p in after)
+    bare = any(isinstance(p, Mask) or (isinstance(p, Fixed) and (p.virtual or p.trims)) for p in after)
     return Run(tuple(p for p in group if isinstance(p, Literal | Field)), opens, bare)
 
 
@@ -121,7 +122,8 @@ def ends_with_answer(pieces: Sequence[Raw], chat: bool) -> list[Raw]:
 def _not_last(piece: Raw, chat: bool) -> str:
     if chat:
         return "a left-to-right model answers last; let {mask} end an {assistant} turn that is the last one"
-    got = "a soft block" if isinstance(piece, Fixed) else repr(str(piece))
+    fixed = "a soft block" if isinstance(piece, Fixed) and piece.virtual else "a special token"
+    got = fixed if isinstance(piece, Fixed) else repr(str(piece))
     return (
         f"a left-to-right model does not see what stands after {{mask}}, got {got} there; let {{mask}} come last "
         "(only closing punctuation may follow it), or use a masked or an encoder-decoder backbone"

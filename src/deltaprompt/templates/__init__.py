@@ -1,18 +1,37 @@
 """What the model is asked: a template string, parsed once to an immutable tree, printed back to the same string."""
 
 from deltaprompt.templates.filters import FILTERS, apply_filters
-from deltaprompt.templates.language import Cut, Field, Literal, Mask, Piece, Role, RoleName, Soft, Template, Turn, parse
+from deltaprompt.templates.language import parse
+from deltaprompt.templates.pieces import (
+    SPECIALS,
+    Cut,
+    Demos,
+    Field,
+    Literal,
+    Mask,
+    Piece,
+    Prefix,
+    Role,
+    RoleName,
+    Soft,
+    Special,
+)
+from deltaprompt.templates.tree import Template, Turn
 
 __all__ = [
     "FILTERS",
+    "SPECIALS",
     "Cut",
+    "Demos",
     "Field",
     "Literal",
     "Mask",
     "Piece",
+    "Prefix",
     "Role",
     "RoleName",
     "Soft",
+    "Special",
     "Template",
     "Turn",
     "apply_filters",
