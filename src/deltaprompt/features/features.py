@@ -249,15 +249,6 @@ class Features:
         ends = accumulate(sizes, initial=self.soft_base + self.prepend_soft)
         return [tuple(range(start, start + size)) for start, size in zip(ends, sizes, strict=False)]
 
-    def _block(self, number: int, soft: Soft) -> SoftBlock:
-        if soft.words is not None:
-            return SoftBlock(f'"{soft.words}"', soft.words, len(self.word_ids(soft.words)))
-        return SoftBlock(soft.name or f"#{number}", None, soft.size or 0)
-
-    def _known(self, words: str, ids: list[int]) -> list[int]:
-        if not ids:
-            raise ConfigError(f"{words!r} has no tokens in this vocabulary; choose another word")
-        if self._codec.unknown in ids:
     def _special_id(self, piece: Special) -> int:
         """The token of that name."""
         named = {name.removesuffix("_token"): str(t) for name, t in self.tokenizer.special_tokens_map.items()}
@@ -269,6 +260,15 @@ class Features:
             )
         return int(self.tokenizer.get_vocab()[named[piece.name]])
 
+    def _block(self, number: int, soft: Soft) -> SoftBlock:
+        if soft.words is not None:
+            return SoftBlock(f'"{soft.words}"', soft.words, len(self.word_ids(soft.words)))
+        return SoftBlock(soft.name or f"#{number}", None, soft.size or 0)
+
+    def _known(self, words: str, ids: list[int]) -> list[int]:
+        if not ids:
+            raise ConfigError(f"{words!r} has no tokens in this vocabulary; choose another word")
+        if self._codec.unknown in ids:
             unknown = self.tokenizer.unk_token
             raise ConfigError(f"{words!r} is unknown to this vocabulary (it has {unknown}); choose another word")
         return ids
