@@ -17,21 +17,29 @@ from deltaprompt.features.chat import chat_pieces
 from deltaprompt.features.codec import Ask, Codec, Tokens
 from deltaprompt.features.layout import Fixed, Kind, Layout, Part, Raw, Run, check_masks, ends_with_answer, lay_out
 from deltaprompt.features.truncate import fit
-from deltaprompt.templates import SPECIALS, Demos, Mask, Piece, Prefix, Role, Soft, Special, Template
+from deltaprompt.templates import ENCODERS, SPECIALS, Demos, Encoder, Mask, Piece, Prefix, Role, Soft, Special, Template
 from deltaprompt.types import Batch, Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+NETWORKS: Final[tuple[Encoder | None, ...]] = (None, *ENCODERS.values())  # that compute soft tokens; None: no network
 AT_ONCE: Final = 1024  # rows in one call of the tokenizer: its threads are busy, its results do not pile up
 
 
 class SoftBlock(NamedTuple):
-    """A block of trainable tokens: what it is called, the words it begins from, its number of tokens."""
+    """A block of trainable tokens: its name, the words it begins from, its tokens, and what they are rows of."""
 
     key: str
     words: str | None
     size: int
+    tied: bool = False
+    encoder: Encoder | None = None
+
+    @property
+    def rows(self) -> int:
+        """The rows that train: one for all its tokens, or one each."""
+        return 1 if self.tied else self.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +76,8 @@ class Features:
     """Template × tokenizer × kind of backbone; checks that the three fit, then turns examples into batches.
 
     Soft tokens are virtual ids, `soft_base + row`: first the `prepend_soft` ones in front of the whole sequence, then
-    the template's blocks in order of appearance. Nothing after this changes a length: positions are right for good.
+    the template's blocks, those that no network computes before those of each network, and each of these in order of
+    appearance. Nothing after this changes a length: positions are right for good.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -98,13 +107,27 @@ class Features:
 
     @cached_property
     def soft_blocks(self) -> tuple[SoftBlock, ...]:
-        """The template's blocks of soft tokens, each once, in the order of their virtual ids."""
+        """The template's blocks of soft tokens, each once, in order of appearance."""
         return tuple(self._block(i, soft) for i, soft in enumerate(self.template.softs))
 
     @property
     def soft_rows(self) -> int:
-        """The number of the template's own soft tokens; `prepend_soft` ones come before them."""
-        return sum(block.size for block in self.soft_blocks)
+        """The number of the rows of the template's own soft tokens; `prepend_soft` ones come before them."""
+        return sum(block.rows for block in self.soft_blocks)
+
+    @cached_property
+    def soft_ranges(self) -> tuple[tuple[Encoder | None, int], ...]:
+        """How many of these rows no network computes, then each network, in the order of their virtual ids."""
+        found = {e: sum(b.rows for b in self.soft_blocks if b.encoder == e) for e in NETWORKS}
+        return tuple((encoder, rows) for encoder, rows in found.items() if rows)
+
+    @cached_property
+    def soft_starts(self) -> tuple[int, ...]:
+        """Of each block the first of its rows among these."""
+        blocks = self.soft_blocks
+        order = sorted(range(len(blocks)), key=lambda i: NETWORKS.index(blocks[i].encoder))
+        starts = accumulate((blocks[i].rows for i in order), initial=0)
+        return tuple(start for _, start in sorted(zip(order, starts, strict=False)))
 
     @property
     def space_before_mask(self) -> bool:
@@ -245,9 +268,11 @@ class Features:
         return Layout(parts, middle.opens, middle.space)
 
     def _virtual_ids(self) -> list[tuple[int, ...]]:
-        sizes = [block.size for block in self.soft_blocks]
-        ends = accumulate(sizes, initial=self.soft_base + self.prepend_soft)
-        return [tuple(range(start, start + size)) for start, size in zip(ends, sizes, strict=False)]
+        first = self.soft_base + self.prepend_soft
+        return [
+            (first + start,) * block.size if block.tied else tuple(range(first + start, first + start + block.size))
+            for block, start in zip(self.soft_blocks, self.soft_starts, strict=True)
+        ]
 
     def _special_id(self, piece: Special) -> int:
         """The token of that name."""
@@ -262,8 +287,9 @@ class Features:
 
     def _block(self, number: int, soft: Soft) -> SoftBlock:
         if soft.words is not None:
-            return SoftBlock(f'"{soft.words}"', soft.words, len(self.word_ids(soft.words)))
-        return SoftBlock(soft.name or f"#{number}", None, soft.size or 0)
+            key = soft.name if soft.name not in (None, soft.words) else f'"{soft.words}"'
+            return SoftBlock(str(key), soft.words, len(self.word_ids(soft.words)))
+        return SoftBlock(soft.name or f"#{number}", None, soft.size or 0, soft.tied, soft.encoder)
 
     def _known(self, words: str, ids: list[int]) -> list[int]:
         if not ids:

@@ -3,9 +3,11 @@
 from deltaprompt.templates.filters import FILTERS, apply_filters
 from deltaprompt.templates.language import parse
 from deltaprompt.templates.pieces import (
+    ENCODERS,
     SPECIALS,
     Cut,
     Demos,
+    Encoder,
     Field,
     Literal,
     Mask,
@@ -19,10 +21,12 @@ from deltaprompt.templates.pieces import (
 from deltaprompt.templates.tree import Template, Turn
 
 __all__ = [
+    "ENCODERS",
     "FILTERS",
     "SPECIALS",
     "Cut",
     "Demos",
+    "Encoder",
     "Field",
     "Literal",
     "Mask",
