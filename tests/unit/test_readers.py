@@ -113,6 +113,25 @@ def test_columns_become_fields(tmp_path: Path) -> None:
     assert read(path, text="s1", label="y", labelled=False)[0] == Example({"text": "A.", "s2": "B.", **others})
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
+def test_objects_within_a_row_have_dotted_names(tmp_path: Path, name: str) -> None:
+    row = {"text": "t", "meta": {"word": "w", "at": {"start": 3, "of": "x"}}, "gold": {"label": "p"}, "m": [{"a": 1}]}
+    path = tmp_path / name
+    if name == "a.parquet":
+        write_parquet(path, {column: [value] for column, value in row.items()})
+    else:
+        packed(path, json.dumps(row if name == "a.jsonl" else [row]))
+    fields = {"text": "t", "meta.word": "w", "meta.at.start": "3", "meta.at.of": "x"}
+    assert read(path, label="gold.label") == [Example(fields, "p")]
+    assert read(path, text="meta.word", label="text")[0].fields["text"] == "w"
+
+
+def test_deeply_nested_objects_are_no_fault(tmp_path: Path) -> None:
+    depth = 600
+    nested = packed(tmp_path / "a.jsonl", '{"a": ' * depth + '"b"' + "}" * depth)
+    assert read(nested, text="a" + ".a" * (depth - 1), labelled=False)[0].fields["text"] == "b"
+
+
 def test_label_column_is_a_field_only_where_mapped(tmp_path: Path) -> None:
     path = packed(tmp_path / "a.csv", "text,label\na,pos\n")
     assert read(path) == [Example({"text": "a"}, "pos")]
@@ -255,6 +274,11 @@ FAULTS = [
     fault("a.json", '{"rows": []}', f": holds {{'rows': []}}; {NO_LIST}"),
     fault("a.json", f'[{GOOD}, "b"]', f", row 2: holds 'b'; {OBJECT}"),
     fault("a.jsonl", "[1]", f", line 1: holds [1]; {OBJECT}"),
+    fault(
+        "a.jsonl",
+        '{"a.b": "x", "a": {"b": "y"}}',
+        ", line 1: 'a.b' stands twice, also in an object*; rename one of them",
+    ),
     # bytes and characters
     *(fault(name, GOOD.encode() + b"abc\xff", f", line 2: {UTF8}") for name in ("a.jsonl", "a.jsonl.gz", "a.json")),
     *(fault(name, b"text,label\nabc\xff,1\n", f", line 2: {UTF8}") for name in ("a.csv", "a.csv.gz")),

@@ -175,7 +175,22 @@ def _object_row(at: str, value: object) -> Row:
     """A row from a JSON object."""
     if not isinstance(value, dict):
         raise DataError(f'{at}: holds {value!r:.60}; each row is an object, for example {{"text": "…", "label": "…"}}')
-    return Row(at, value)
+    return _row(at, value)
+
+
+def _row(at: str, values: Mapping[str, object]) -> Row:
+    """A row; what an object in it holds goes by its dotted name: `{"meta": {"word": "a"}}` -> `{"meta.word": "a"}`."""
+    flat: dict[str, object] = {}
+    left = [*reversed(values.items())]
+    while left:
+        name, value = left.pop()
+        if isinstance(value, dict):
+            left.extend((f"{name}.{inner}", v) for inner, v in reversed(value.items()))
+        elif name in flat:
+            raise DataError(f"{at}: {name!r} stands twice, also in an object within the row; rename one of them")
+        else:
+            flat[name] = value
+    return Row(at, flat)
 
 
 def _plain_rows(name: str, lines: Iterable[tuple[int, str]]) -> Rows:
@@ -197,7 +212,7 @@ def _parquet_rows(path: Path) -> Rows:
         for batch in parquet.ParquetFile(path).iter_batches():
             for values in batch.to_pylist():
                 number += 1
-                yield Row(f"{path}, row {number}", values)
+                yield _row(f"{path}, row {number}", values)
     except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as Parquet after row {number}: {error}; write it again") from error
 
@@ -210,7 +225,7 @@ def _hub_rows(source: str, split: str | None) -> Rows:
     data = _loaded(datasets, source, split)
     names = {c: f.names for c, f in data.features.items() if isinstance(f, datasets.ClassLabel)}
     return (
-        Row(f"{source}, split {split!r}, row {number}", {c: _named(names.get(c), v) for c, v in values.items()})
+        _row(f"{source}, split {split!r}, row {number}", {c: _named(names.get(c), v) for c, v in values.items()})
         for number, values in enumerate(data, 1)
     )
 

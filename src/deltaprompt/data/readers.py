@@ -2,7 +2,8 @@
 
 - The column `text` becomes the field "text"; `fields={"premise": "sentence1"}` maps further fields to columns. A row
   where one of these is missing (no value, blank, NaN) is an error. `text=None` asks for no text column.
-- Every other column that holds a string, number or boolean is a field under its own name; the rest is left out.
+- Every other column that holds a string, number or boolean is a field under its own name; the rest is left out. What
+  an object within a row holds has a dotted name: `{"meta": {"word": "a"}}` is the column "meta.word".
 - The column `label` is the label, never a field (unless `fields` maps one to it). 1.0 is written "1", True "true".
 
 Errors name the line a record starts on (.csv, .tsv, .jsonl, .txt), else the row's number. Text is UTF-8, BOM or not.
