@@ -294,10 +294,18 @@ def shown(error: TemplateError) -> tuple[str, str, int]:
         ("{text It was {mask}", 6, "expected '|' or '}' after 'text', got 'I'"),
         ("{text:tail}", 5, "after a field's name only truncate takes ':'"),
         # filters and flags
-        ("{text|}", 6, "expected a filter, got '}'; possible: strip, nodot, lower, truncate, keep"),
+        (
+            "{text|}",
+            6,
+            "expected a filter, got '}'; possible: strip, nodot, lower, dot, nodots, chop, uncap, truncate, keep",
+        ),
         ("{text|lower|lowr}", 12, "there is no filter 'lowr'; did you mean 'lower'?"),
-        ("{text|trunc}", 6, "there is no filter 'trunc'; did you mean 'truncate'?"),
-        ("{text|zzz}", 6, "there is no filter 'zzz'; possible: strip, nodot, lower, truncate, keep"),
+        ("{text|trunc}", 6, "there is no filter 'trunc'; did you mean 'truncate'"),
+        (
+            "{text|zzz}",
+            6,
+            "there is no filter 'zzz'; possible: strip, nodot, lower, dot, nodots, chop, uncap, truncate, keep",
+        ),
         ("{text|lower:3}", 11, "expected '|' or '}' after 'lower', got ':'"),
         ("{text|keep:tail}", 10, "expected '|' or '}' after 'keep', got ':'"),
         ("{text|truncate:}", 15, "expected a side after 'truncate:', got '}'; possible: tail, head, middle"),
@@ -483,6 +491,15 @@ def test_tree_built_by_hand_obeys_the_same_rules(build: Callable[[], object], re
         (["nodot"], "", ""),
         (["nodot", "strip", "lower"], " A Gem. ", "a gem"),
         (["nodot", "nodot"], "A gem. .", "A gem"),
+        (["dot"], "A gem", "A gem."),
+        (["dot"], "A gem.", "A gem.."),
+        (["nodots"], "..A. gem. ..", "A. gem. "),
+        (["nodots"], "...", ""),
+        (["chop"], "A gem!", "A gem"),
+        (["chop"], "", ""),
+        (["uncap"], "A Gem", "a Gem"),
+        (["uncap"], "", ""),
+        (["chop", "uncap"], "A Gem.", "a Gem"),
     ],
 )
 def test_filters_apply_from_left_to_right(names: list[str], text: str, filtered: str) -> None:

@@ -18,15 +18,43 @@ def nodot(text: str) -> str:
     return body[:-1].rstrip()
 
 
+def nodots(text: str) -> str:
+    """`"..a gem."` -> `"a gem"`: without the full stops at both ends."""
+    return text.strip(".")
+
+
+def dot(text: str) -> str:
+    """`"A gem"` -> `"A gem."`: with one more full stop."""
+    return f"{text}."
+
+
+def chop(text: str) -> str:
+    """`"A gem!"` -> `"A gem"`: without its last character."""
+    return text[:-1]
+
+
+def uncap(text: str) -> str:
+    """`"A Gem"` -> `"a Gem"`: with a small first letter."""
+    return text[:1].lower() + text[1:]
+
+
 FILTERS: Final[Mapping[str, Callable[[str], str]]] = MappingProxyType(
-    {"strip": str.strip, "nodot": nodot, "lower": str.lower}
+    {
+        "strip": str.strip,
+        "nodot": nodot,
+        "lower": str.lower,
+        "dot": dot,
+        "nodots": nodots,
+        "chop": chop,
+        "uncap": uncap,
+    }
 )
 
 
 def filter_named(name: str, also: Iterable[str] = ()) -> Callable[[str], str]:
     """The filter of that name, or an error that lists the filters and what `also` may stand in their place."""
     if name not in FILTERS:
-        raise TemplateError(f"there is no filter {name!r}{nearest(name, [*FILTERS, *also])}")
+        raise TemplateError(f"there is no filter {name!r}{nearest(name, [*FILTERS, *also], limit=20)}")
     return FILTERS[name]
 
 
