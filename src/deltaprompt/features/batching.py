@@ -9,7 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from deltaprompt.errors import ConfigError
+from deltaprompt.errors import ConfigError, DataError
 
 WINDOW: Final = 50  # batches that are sorted together when shuffled: little padding, and still much chance
 
@@ -56,3 +56,14 @@ def shifted(places: Sequence[Sequence[int]], rows: Sequence[Sequence[int]], left
     longest = max((len(row) for row in rows), default=0)
     moved = [[p + (longest - len(row) if left else 0) for p in at] for at, row in zip(places, rows, strict=True)]
     return padded(moved, -1)
+
+
+def classes(labels: Sequence[int | None]) -> Tensor | None:
+    """The classes of rows [b]; none where no row has one."""
+    known = [label for label in labels if label is not None]
+    if not known:
+        return None
+    if len(known) < len(labels):
+        bare = len(labels) - len(known)
+        raise DataError(f"{bare} of {len(labels)} rows have no label; give every row one, or none")
+    return torch.tensor(known, dtype=torch.long)

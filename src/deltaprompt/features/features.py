@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -11,13 +11,16 @@ from typing import Literal as OneOf
 
 import torch
 
-from deltaprompt.errors import ConfigError, DataError, TemplateError, nearest
-from deltaprompt.features.batching import attended, bucketed, chunks, padded, shifted
+from deltaprompt.errors import ConfigError, DataError, nearest
+from deltaprompt.features.batching import attended, bucketed, chunks, classes, padded, shifted
+from deltaprompt.features.beside import Beside, Form, Text
 from deltaprompt.features.chat import chat_pieces
 from deltaprompt.features.codec import Ask, Codec, Tokens
+from deltaprompt.features.demonstrations import Demonstrations
 from deltaprompt.features.layout import Fixed, Kind, Layout, Part, Raw, Run, check_masks, ends_with_answer, lay_out
+from deltaprompt.features.named_tokens import first_id, mask_id, pad_id, special_id
 from deltaprompt.features.truncate import fit
-from deltaprompt.templates import ENCODERS, SPECIALS, Demos, Encoder, Mask, Piece, Prefix, Role, Soft, Special, Template
+from deltaprompt.templates import ENCODERS, Demos, Encoder, Mask, Piece, Prefix, Role, Soft, Special, Template
 from deltaprompt.types import Batch, Example
 
 if TYPE_CHECKING:
@@ -91,14 +94,13 @@ class Features:
     prepend_soft: int = 0
     decoder_start_id: int | None = None
     sentinel: str | None = None  # what stands for the answer in an encoder-decoder's input; none: its mask token
+    demonstrations: Demonstrations | None = None  # what a template with `{demos}` shows
 
     def __post_init__(self) -> None:
         if not self.answer_lengths or min(self.answer_lengths) < 1:
             raise ConfigError(f"answers have one token or more, got answer_lengths {self.answer_lengths}")
         if self.kind == "seq2seq" and self.decoder_start_id is None:
             raise ConfigError("an encoder-decoder needs decoder_start_id; it is in the backbone's config")
-        if self.template.demos is not None:
-            raise TemplateError(f"demonstrations cannot be put in yet, got {self.template.demos}; leave it out")
         check_masks(self.kind, self.template.pieces, self.answer_lengths)
         if self._layout.masks:
             self._mask_id  # noqa: B018  says what is wrong now rather than at the first row
@@ -146,6 +148,15 @@ class Features:
             ids = self._codec.one(word)
         return self._known(word, ids)
 
+    def whole_words(self) -> list[int]:
+        """The ids of the tokens that are, by themselves, a word of letters as it stands at the (first) mask."""
+        texts = {i: self.tokenizer.decode([i]).strip() for i in sorted(set(self.tokenizer.get_vocab().values()))}
+        words = {i: text for i, text in texts.items() if text.isalpha() and i not in self._codec.special}
+        space, opens = self._layout.space, self._layout.opens and not self._layout.space
+        asks = {i: (" " + word if space else word, opens) for i, word in words.items()}
+        found = self._codec.encode(asks.values())
+        return [i for i, ask in asks.items() if found[ask].ids == [i]]
+
     def continued(self, texts: Sequence[str]) -> list[list[int]]:
         """The token ids of texts as they stand behind the prompt; of an encoder-decoder, as they open an answer."""
         space, opens = self._layout.space, self._layout.opens and not self._layout.space
@@ -158,6 +169,25 @@ class Features:
         if label not in self._classes:
             raise DataError(f"there is no label {label!r}{nearest(label, self.labels)}")
         return self._classes[label]
+
+    # Demonstrations
+
+    def shown(self, examples: Sequence[Example]) -> list[list[Example]]:
+        """The demonstrations that stand beside each example, in their order from the start of the prompt."""
+        if (beside := self._beside) is None:
+            return [[] for _ in examples]
+        return [beside.in_order(ranks) for _, ranks in beside.arranged(examples)]
+
+    def seeded(self) -> Features:
+        """The same for texts without content: the nearest to one are those that a seed draws."""
+        own = self.demonstrations
+        return self if own is None else replace(self, demonstrations=own.seeded())
+
+    def checked(self) -> Features:
+        """Itself; an error where no demonstration has room."""
+        if (beside := self._beside) is not None:
+            beside.check()
+        return self
 
     # Examples -> rows -> batches
 
@@ -192,7 +222,7 @@ class Features:
             inputs=inputs,
             answer_at=shifted([row.at for row in rows], read, left),
             variants=len(rows) // max(len(encoded), 1),
-            labels=_labels([one.label for one in encoded]),
+            labels=classes([one.label for one in encoded]),
             index=None if index is None else torch.tensor(index, dtype=torch.long),
         )
 
@@ -219,38 +249,48 @@ class Features:
 
     @cached_property
     def _pad_id(self) -> int:
-        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return int(next(i for i in known if i is not None))
+        return pad_id(self.tokenizer)
 
     @cached_property
     def _mask_id(self) -> int:
         """The token that stands at `{mask}`."""
-        if self.kind == "seq2seq" and self.sentinel is not None:
-            found = self.tokenizer.get_vocab().get(self.sentinel)
-        else:
-            found = self.tokenizer.mask_token_id
-        if found is None:
-            raise TemplateError(
-                f"the template has {{mask}}, but the tokenizer has no {self.sentinel or 'mask token'}; use a backbone "
-                "that has one, or leave {mask} out and put a head or prototypes on the states"
+        return mask_id(self.tokenizer, self.sentinel if self.kind == "seq2seq" else None)
+
+    @cached_property
+    def _form(self) -> Form | None:
+        return None if self.template.demos is None else Form.of(self.template, self.kind)
+
+    @cached_property
+    def _beside(self) -> Beside | None:
+        """What puts demonstrations beside texts."""
+        if self._form is None:
+            return None
+        if self.demonstrations is None:
+            raise ConfigError(
+                f"the template shows demonstrations, {self.template.demos}, and there are none yet; give "
+                "model.demonstrate(examples) labelled examples, or fit the model"
             )
-        return int(found)
+        return Beside(self._form, self.demonstrations, self.max_length, self._codec, self._laid_out, self._read)
 
     @cached_property
     def _layout(self) -> Layout:
+        """The layout of every row; with demonstrations one that is like every row's where answers are read."""
+        return self._laid_out(self.template if self._form is None else self._form.specimen())
+
+    def _laid_out(self, template: Template) -> Layout:
         """The parts of a row, from the virtual ids in front to the tokenizer's own last special token."""
-        numbers, blocks = iter(self.template.soft_ids), self._virtual_ids()
+        numbers, blocks = iter(template.soft_ids), self._virtual_ids()
 
         def raw(piece: Piece) -> Raw:
             if isinstance(piece, Soft):
                 return Fixed(blocks[next(numbers)], virtual=True)
             if isinstance(piece, Special):
-                return Fixed((self._special_id(piece),), trims=True)
+                return Fixed((special_id(self.tokenizer, piece),), trims=True)
             return Fixed(()) if isinstance(piece, Role | Prefix | Demos) else piece  # a chat template writes roles
 
-        chat = self.template.is_chat
-        spoken = [p for p in self.template.pieces if not isinstance(p, Prefix)]  # which no token stands for
-        pieces = chat_pieces(self.tokenizer, self.template, raw) if chat else [raw(p) for p in spoken]
+        chat = template.is_chat
+        spoken = [p for p in template.pieces if not isinstance(p, Prefix)]  # which no token stands for
+        pieces = chat_pieces(self.tokenizer, template, raw) if chat else [raw(p) for p in spoken]
         if self.kind == "causal":
             pieces = ends_with_answer(pieces, chat)
         middle = lay_out(pieces, self._codec.restarts)
@@ -274,17 +314,6 @@ class Features:
             for block, start in zip(self.soft_blocks, self.soft_starts, strict=True)
         ]
 
-    def _special_id(self, piece: Special) -> int:
-        """The token of that name."""
-        named = {name.removesuffix("_token"): str(t) for name, t in self.tokenizer.special_tokens_map.items()}
-        if piece.name not in named:
-            has = ", ".join(name for name in named if name in SPECIALS)
-            raise TemplateError(
-                f"the tokenizer has no {piece.name} token for {piece}; of these it has {has or 'none'}: write one that "
-                "it has, or leave it out"
-            )
-        return int(self.tokenizer.get_vocab()[named[piece.name]])
-
     def _block(self, number: int, soft: Soft) -> SoftBlock:
         if soft.words is not None:
             key = soft.name if soft.name not in (None, soft.words) else f'"{soft.words}"'
@@ -303,29 +332,39 @@ class Features:
     def _masks_each(self) -> tuple[int, ...]:
         return self.answer_lengths if self._layout.masks and self.kind != "seq2seq" else (1,)
 
-    @cached_property
-    def _around(self) -> int:
+    def _around(self, layout: Layout) -> int:
         """The number of tokens that are not text, in the longest variant; with what an answer adds behind the text."""
-        fixed = sum(len(part.ids) for part in self._layout.parts if isinstance(part, Fixed))
+        fixed = sum(len(part.ids) for part in layout.parts if isinstance(part, Fixed))
         follows = self.kind == "causal" or (self.kind == "seq2seq" and self.sentinel is None)
         later = max(self.answer_lengths) - 1 if follows else 0
-        return fixed + later + self._layout.masks * max(self._masks_each)
+        return fixed + later + layout.masks * max(self._masks_each)
+
+    def _read(self, asked: Sequence[tuple[Layout, Example]]) -> list[Text]:
+        """Examples in layouts, tokenised and not cut."""
+        filled = [
+            [part.fill(example.fields) for part in layout.parts if isinstance(part, Run)] for layout, example in asked
+        ]
+        tokens: dict[Ask, Tokens] = self._codec.encode(ask for row in filled for _, ask in row)
+        return [
+            Text(layout, [(text, tokens[ask]) for text, ask in row], self._around(layout))
+            for (layout, _), row in zip(asked, filled, strict=True)
+        ]
 
     def _encode(self, examples: Sequence[Example]) -> list[Encoded]:
-        runs = [part for part in self._layout.parts if isinstance(part, Run)]
-        filled = [[run.fill(example.fields) for run in runs] for example in examples]
-        tokens: dict[Ask, Tokens] = self._codec.encode(ask for row in filled for _, ask in row)
-        room = self.max_length - self._around
-        texts = [fit([(text, tokens[ask]) for text, ask in row], room, self._around) for row in filled]
+        if (beside := self._beside) is None:
+            texts = self._read([(self._layout, example) for example in examples])
+        else:
+            texts = [text for text, _ in beside.arranged(examples)]
         return [self._one(example, text) for example, text in zip(examples, texts, strict=True)]
 
-    def _one(self, example: Example, texts: list[list[int]]) -> Encoded:
+    def _one(self, example: Example, text: Text) -> Encoded:
         label = None if example.label is None else self.label_index(example.label)
-        return Encoded(tuple(self._row(texts, n) for n in self._masks_each), label)
+        cut = fit(text.runs, self.max_length - text.around, text.around)
+        return Encoded(tuple(self._row(text.layout, cut, n) for n in self._masks_each), label)
 
-    def _row(self, texts: list[list[int]], masks: int) -> Row:
+    def _row(self, layout: Layout, texts: list[list[int]], masks: int) -> Row:
         ids, at, text = list[int](), list[int](), iter(texts)
-        for part in self._layout.parts:
+        for part in layout.parts:
             if isinstance(part, Mask):
                 at.extend(range(len(ids), len(ids) + masks))
                 ids.extend([self._mask_id] * masks)
@@ -334,7 +373,7 @@ class Features:
         if self.kind == "seq2seq":
             return self._answered(ids, at)
         if self.kind == "causal":
-            ids = ids or [self._first_id()]
+            ids = ids or [first_id(self.tokenizer)]
             return Row(ids, [len(ids) - 1])
         return Row(ids, at or list(range(len(ids))))
 
@@ -346,20 +385,3 @@ class Features:
         elif at:
             start.extend(i for i in ids[: at[0]] if i < self.soft_base)
         return Row(ids, [len(start) - 1], start)
-
-    def _first_id(self) -> int:
-        """What an empty prompt of a left-to-right model begins with."""
-        for known in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
-            if known is not None:
-                return int(known)
-        raise DataError("a row has no text at all; leave it out, or give the template some words of its own")
-
-
-def _labels(labels: Sequence[int | None]) -> torch.Tensor | None:
-    known = [label for label in labels if label is not None]
-    if not known:
-        return None
-    if len(known) < len(labels):
-        bare = len(labels) - len(known)
-        raise DataError(f"{bare} of {len(labels)} rows have no label; give every row one, or none")
-    return torch.tensor(known, dtype=torch.long)  # [b]
