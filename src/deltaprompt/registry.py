@@ -16,7 +16,7 @@ from deltaprompt.errors import ConfigError, nearest
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
-KINDS = ("deltas", "verbalizers")
+KINDS = ("deltas", "verbalizers", "calibrations")
 
 
 @lru_cache(maxsize=len(KINDS))

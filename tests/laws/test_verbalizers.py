@@ -18,20 +18,36 @@ from deltaprompt.model import Model, Task, adapt
 from deltaprompt.registry import build, describe, from_description, variants
 from deltaprompt.types import AtMask, Batch, Example
 from deltaprompt.verbalizers._base import Started, pooled
+from deltaprompt.verbalizers.automatic import Automatic
+from deltaprompt.verbalizers.dect import DecT
+from deltaprompt.verbalizers.knowledgeable import Knowledgeable
 from deltaprompt.verbalizers.label_descriptions import LabelDescriptions
 from deltaprompt.verbalizers.label_words import LabelWords
+from deltaprompt.verbalizers.proto_verb import ProtoVerb
 from deltaprompt.verbalizers.prototypes import Prototypes
+from deltaprompt.verbalizers.rules import Rules
 from tests import backbones_zoo as zoo
 
 LABELS = ("up", "down", "so")
 WORDS = {"up": ("good", "great"), "down": "terrible film", "so": "not"}
+MANY = {"up": ("good", "great"), "down": ("terrible film", "bad"), "so": ("not", "a")}
 SENTENCES = {"up": "a good film", "down": "a bad film", "so": "maybe"}
 FACTORIES = {  # those without a factory are built with their defaults
     "label_words": lambda: LabelWords(WORDS),
     "label_descriptions": lambda: LabelDescriptions(SENTENCES),
+    "knowledgeable": lambda: Knowledgeable(MANY, longest=30, frequency=0.0, relevance=False),
+    "automatic": lambda: Automatic(size=2),
+    "dect": lambda: DecT(WORDS, dim=4),
+    "proto_verb": lambda: ProtoVerb(dim=4),
+    "rules": lambda: Rules({"up": ("good",), "down": (("bad", "film"),), "so": ("not",)}),
 }
 PARAMETERS = {  # closed forms, of c classes and d-wide states
     "label_words": lambda c, d: 0,
+    "knowledgeable": lambda c, d: 2 * c,
+    "automatic": lambda c, d: 0,
+    "dect": lambda c, d: 4 * d + 5 * c,
+    "proto_verb": lambda c, d: 4 * d + 4 * c,
+    "rules": lambda c, d: 0,
     "label_descriptions": lambda c, d: c * d,
     "prototypes": lambda c, d: c * d,
     "soft": lambda c, d: c * (d + 1),
@@ -40,7 +56,23 @@ FAMILIES = ["bert", "gpt2", "llama", "t5", "bart", "bert-encoder"]
 TEMPLATE = "{text} It was {mask}"
 TEXTS = ["good", "a good film and a great plot", "not", "the cat sat on the mat ; it was bad", "no", "a film"]
 EXAMPLES = [Example({"text": text}, LABELS[i % 3]) for i, text in enumerate(TEXTS)]
-PAIRS = [(v, f) for v in variants("verbalizers") for f in FAMILIES if (v, f) != ("label_words", "bert-encoder")]
+WORDED = ("label_words", "knowledgeable", "automatic", "dect", "rules")  # built with words of the model's
+
+
+def needs_more(name, kind):
+    """Whether a verbalizer cannot act on a kind of backbone."""
+    return (name in WORDED and kind == "encoder") or (name == "rules" and kind != "masked")
+
+
+KINDS = {
+    "bert": "masked",
+    "gpt2": "causal",
+    "llama": "causal",
+    "t5": "seq2seq",
+    "bart": "seq2seq",
+    "bert-encoder": "encoder",
+}
+PAIRS = [(v, f) for v in variants("verbalizers") for f in FAMILIES if not needs_more(v, KINDS[f])]
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 everywhere = pytest.mark.parametrize(("name", "family"), PAIRS)
@@ -51,8 +83,8 @@ def verbalizer(name):
 
 
 @cache
-def shared(family):
-    return zoo.build(family)
+def shared(family, dtype=torch.float32):
+    return zoo.build(family, dtype)
 
 
 def made(name, family, slots=1, labels=LABELS, template=None, deltas=(), backbone=None):
@@ -103,35 +135,38 @@ def test_a_row_of_a_batch_has_the_scores_that_it_has_alone(name, family):
 def test_each_row_of_a_mixed_batch_is_its_adaptation_alone(name, family):
     model = made(name, family, slots=3)
     for i, (_, p) in enumerate(model.parts()):
-        p.data.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+        if p.requires_grad:
+            p.data.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
     index = torch.tensor([2, 0, 1, 1, 2, 0])
     alone = [logits_of(model, [example], slot) for example, slot in zip(EXAMPLES, index.tolist(), strict=True)]
     assert_close(logits_of(model, adaptation=index), torch.cat(alone), **CLOSE)
-    if any(True for _ in model.parts()):
+    if model.parameter_count():
         assert not torch.allclose(logits_of(model, adaptation=0), logits_of(model, adaptation=1))
 
 
 @everywhere
 def test_slots_trained_at_once_end_where_each_ends_alone(name, family):
-    together, rows = made(name, family, slots=2), torch.tensor([0, 1]).repeat_interleave(len(EXAMPLES))
-    if not dict(together.parts()):
+    exact = shared(family, torch.float64)
+    together, rows = made(name, family, 2, backbone=exact), torch.tensor([0, 1]).repeat_interleave(len(EXAMPLES))
+    if not together.parameter_count():
         pytest.skip("has no parameters")
     start = copy.deepcopy({n: p.detach() for n, p in together.parts()})
     train(together, lambda: together(batch_of(together, EXAMPLES * 2), rows)["logits"], EXAMPLES * 2)
     for slot in range(2):
-        alone = made(name, family)
+        together.adapted.remove()
+        alone = made(name, family, backbone=exact)
         with torch.no_grad():
             for n, p in alone.parts():
                 p[0].copy_(start[n][slot])
         train(alone, lambda alone=alone: alone(batch_of(alone))["logits"], EXAMPLES)
         for (n, p), (_, q) in zip(alone.parts(), together.parts(), strict=True):
             assert_close(q[slot], p[0], **CLOSE)
-            assert not torch.equal(p[0], start[n][slot])
+            assert not p.requires_grad or not torch.equal(p[0], start[n][slot])
 
 
 def train(model, logits, examples):
     gold = torch.tensor([LABELS.index(e.label) for e in examples])
-    optimizer = torch.optim.SGD([p for _, p in model.parts()], lr=0.1)
+    optimizer = torch.optim.SGD([p for _, p in model.parts() if p.requires_grad], lr=0.1)
     for _ in range(3):
         optimizer.zero_grad()
         cross_entropy(logits(), gold, reduction="sum").backward()
@@ -141,10 +176,10 @@ def train(model, logits, examples):
 @everywhere
 def test_every_parameter_learns(name, family):
     model = made(name, family)
-    if not dict(model.parts()):
+    if not model.parameter_count():
         pytest.skip("has no parameters")
     model(batch_of(model))["loss"].backward()
-    assert all((p.grad != 0).all() for _, p in model.parts())
+    assert all((p.grad != 0).all() for _, p in model.parts() if p.requires_grad)
     assert not any(p.requires_grad for p in model.backbone.model.parameters())
 
 
@@ -201,11 +236,11 @@ TEMPLATES = {
 
 def refused(name, family, template):
     """Whether the combination makes no sense, and has to say so."""
-    kind, labels = shared(family).kind, name == "label_words"
+    kind, masks = shared(family).kind, 2 if template == "two" else 1
     return (
-        (labels and kind == "encoder")
+        needs_more(name, kind)
         or (template == "none" and kind == "masked")
-        or (template == "two" and (kind in ("causal", "seq2seq") or labels))
+        or (masks > 1 and (kind in ("causal", "seq2seq") or name in WORDED))
         or (template == "chat" and family != "llama")
     )
 
@@ -223,13 +258,15 @@ def test_a_template_works_with_all_its_parts_or_is_refused(name, family, templat
     )
     with torch.no_grad():
         for n, p in model.parts():
-            if n.endswith(".b"):  # LoRA is the identity at its start
+            if n.endswith(".b") and p.requires_grad:  # LoRA is the identity at its start
                 p.normal_()
     out = model(batch_of(model))
     out["loss"].backward()
     assert out["loss"].isfinite()
     assert len({tuple(row) for row in out["logits"].tolist()}) == len(EXAMPLES)
     for n, p in model.parts():
+        if not p.requires_grad:
+            continue
         assert p.grad.isfinite().all(), n
         rows = p.grad.flatten(0, -2) if n.endswith("embed.p") else p.grad[None]
         assert all(row.any() for row in rows), n  # each virtual token
@@ -259,8 +296,8 @@ def test_the_start_of_a_prototype_is_rotation_equivariant():
     model, torch_seed = made("prototypes", "bert-encoder"), torch.Generator().manual_seed(0)
     texts, support = (torch.randn(n, 16, generator=torch_seed) for n in (3, 6))
     q = torch.linalg.qr(torch.randn(16, 16, generator=torch_seed)).Q
-    classes, setting = torch.arange(6) % 3, model.scorer.setting
-    start = lambda t, s: model.verbalizer.start(setting, t, s, classes)["z"]  # noqa: E731
+    classes, setting, w = torch.arange(6) % 3, model.scorer.setting, model.scorer.slot(0)
+    start = lambda t, s: model.verbalizer.start(w, setting, t, s, classes)["z"]  # noqa: E731
     assert_close(start(texts @ q, support @ q), start(texts, support) @ q, **CLOSE)
 
 

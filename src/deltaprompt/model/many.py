@@ -19,20 +19,28 @@ from torch import Tensor
 
 from deltaprompt import store
 from deltaprompt.backbone import Backbone
-from deltaprompt.compose import patches_on
+from deltaprompt.compose import patches_on, plain
 from deltaprompt.deltas._base import Delta
 from deltaprompt.errors import ConfigError, DeltaPromptError, SiteError, StoreError, nearest
 from deltaprompt.features import Encoded, Features
 from deltaprompt.features.batching import bucketed
 from deltaprompt.model.group import Group, sort_of
-from deltaprompt.model.model import answer, example_of, read, unlabelled
+from deltaprompt.model.model import answer, example_of, read
 from deltaprompt.model.reader import Reading, Scorer, of_rows, placed
 from deltaprompt.model.saved import asked_of, check, identity, not_made
+from deltaprompt.model.starting import unlabelled_of
 from deltaprompt.model.task import Task
 from deltaprompt.templates import parse
 from deltaprompt.types import Example
 
-ASKED = ("template", "labels", "verbalizer", "max_length", "deltas")  # of a record: what its tensors are for
+ASKED = (
+    "template",
+    "labels",
+    "verbalizer",
+    "calibration",
+    "max_length",
+    "deltas",
+)  # of a record: what its tensors are for
 VERBALIZER, DELTA = "verbalizer.", "delta."  # what the stored names of tensors begin with
 
 OTHERS = (
@@ -182,7 +190,7 @@ class Many:
 
     def _asked_of(self, record: Mapping[str, Any]) -> Asked:
         """What a record asks for, made once for all records that ask for the same."""
-        key = json.dumps([record[part] for part in ASKED])
+        key = json.dumps([record.get(part) for part in ASKED])
         if (asked := self._asked.get(key)) is None:
             asked = self._asked[key] = Asked.of(record, self.backbone)
         return asked
@@ -233,7 +241,7 @@ class Many:
     @torch.inference_mode()
     def _probabilities(self, entries: Sequence[Entry], examples: Sequence[Example], batch_size: int) -> list[Tensor]:
         """Each row's class probabilities [c]."""
-        rows = _encoded(entries, unlabelled(examples))
+        rows = _encoded(entries, unlabelled_of(examples))
         found: dict[int, Tensor] = {}
         for part in _parts(entries, rows, batch_size):
             try:
@@ -298,7 +306,7 @@ class Asked:
         """What a record asks for on a backbone."""
         task, deltas = asked_of(record)
         reading = Reading.of(backbone, task, deltas)
-        every = placed(deltas, reading.features)
+        every = [plain(delta) for delta in placed(deltas, reading.features)]  # which is what is saved
         return cls(reading, every, sort_of(every))
 
 

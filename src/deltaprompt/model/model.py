@@ -4,29 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from deltaprompt.backbone import Backbone
 from deltaprompt.backbone.continuation import prompted
 from deltaprompt.backbone.shared import Begun, begun, states_after
 from deltaprompt.compose import Adapted, Index, carries_deltas, instances
 from deltaprompt.compose.routing import check_slot
-from deltaprompt.deltas._base import Delta, VirtualTokens
+from deltaprompt.deltas._base import Delta
 from deltaprompt.errors import ConfigError
 from deltaprompt.features import Encoded, Features
-from deltaprompt.model.reader import Reader, Scorer, of_rows, placed
+from deltaprompt.model import starting
+from deltaprompt.model.reader import Reader, Scorer, check_alike, of_rows, of_template, placed
+from deltaprompt.model.starting import label_of, unlabelled_of
 from deltaprompt.model.task import Task
-from deltaprompt.templates import parse
+from deltaprompt.model.virtual import begin_from_words, check_room
 from deltaprompt.types import AtMask, Batch, Example
 from deltaprompt.verbalizers._base import Started, Verbalizer, pooled
-
-BARE = "{text}"
 
 
 class Model(nn.Module):
@@ -52,7 +50,7 @@ class Model(nn.Module):
         distinct = [one for i, one in enumerate(told) if one not in told[:i]]
         numbers = [distinct.index(one) for one in told]
         made = [Reader(backbone, task, instances(deltas), numbers.count(n)) for n, (task, _) in enumerate(distinct)]
-        _check_alike(made)  # whatever is wrong is said before anything is attached
+        check_alike(made)  # whatever is wrong is said before anything is attached
         if carries_deltas(backbone.model):
             raise ConfigError(
                 "this backbone already carries another model's deltas, which would act here too; take them off it with "
@@ -63,13 +61,13 @@ class Model(nn.Module):
         self.seats = tuple((n, numbers[:i].count(n)) for i, n in enumerate(numbers))  # of a slot: reader, slot there
         for number, reader in enumerate(made):
             reader.scorer.start([seed for seed, n in zip(seeds, numbers, strict=True) if n == number])
-        self._begin_soft_words()
+        begin_from_words(backbone, self.adapted, [self.reader(slot).features for slot in range(len(seeds))])
         self.train(False)
 
     @property
     def chosen(self) -> tuple[Delta, ...]:
-        """The task's deltas; the soft tokens of its template are one more, the first of all."""
-        return self.adapted.deltas[1 if self.features.soft_rows else 0 :]
+        """The task's deltas; those that its template asks for come before them."""
+        return self.adapted.deltas[len(of_template(self.features)) :]
 
     def reader(self, slot: int = 0) -> Reader:
         """How an adaptation's texts are read and scored."""
@@ -95,12 +93,27 @@ class Model(nn.Module):
         """The verbalizer in use; of several tasks the first adaptation's."""
         return self.reader().verbalizer
 
-    def forward(self, batch: Batch, adaptation: Index = None) -> dict[str, Tensor]:
-        """Class scores `logits` [b, c] and, where the batch has labels, the mean cross-entropy `loss`."""
-        logits = self._scores(self.at_mask(batch, adaptation), adaptation)
+    def forward(self, batch: Batch, adaptation: Index = None, sizes: Sequence[int] | None = None) -> dict[str, Tensor]:
+        """Class scores `logits` [b, c] and, where the batch has labels, the `loss`: the verbalizer's, or cross-entropy.
+
+        Args:
+            batch: b rows.
+            adaptation: whose they are: a slot, or one a row [b].
+            sizes: where rows of several adaptations stand one after another, the rows of each; `losses` are theirs.
+        """
+        at = self.at_mask(batch, adaptation)
+        logits = self._scores(at, adaptation)
         if batch.labels is None:
             return {"logits": logits}
-        return {"loss": cross_entropy(logits.float(), batch.labels), "logits": logits}
+        parts = torch.arange(len(logits), device=logits.device).split(list(sizes or [len(logits)]))
+        each = torch.stack([self._loss(at, logits, batch.labels, rows, adaptation) for rows in parts])
+        return {"loss": each.mean(), "losses": each, "logits": logits}
+
+    def _loss(self, at: AtMask, logits: Tensor, classes: Tensor, rows: Tensor, adaptation: Index) -> Tensor:
+        """The loss of rows of one adaptation."""
+        slot = int(adaptation[rows[0]]) if isinstance(adaptation, Tensor) else adaptation or 0
+        number, place = self.seats[slot]
+        return cast(Reader, self.readers[number]).loss(of_rows(at, rows), logits[rows], classes[rows], place)
 
     def at_mask(self, batch: Batch, adaptation: Index = None) -> AtMask:
         """The states where the answer is read, and the head that scores words there."""
@@ -145,36 +158,36 @@ class Model(nn.Module):
         """Where the backbone is."""
         return next(self.backbone.model.parameters()).device
 
-    @torch.no_grad()
-    def start(self, examples: Sequence[Example], slot: int = 0, batch_size: int = 32) -> None:
-        """Gives a verbalizer that starts from states (prototypes, descriptions) its start from training examples."""
-        reader, place = self.reader(slot), self.seats[slot][1]
-        verbalizer, setting, features = reader.verbalizer, reader.scorer.setting, reader.features
-        if not isinstance(verbalizer, Started):
-            return
-        classes = torch.tensor([features.label_index(_label(e)) for e in examples], dtype=torch.long)
-        support = self.embed(features, examples, slot, batch_size)
-        plain = self._plain(features)
-        described = [Example(dict.fromkeys(plain.template.fields, text)) for text in verbalizer.texts(setting)]
-        texts = self.embed(plain, described, slot, batch_size)
-        for name, tensor in verbalizer.start(setting, texts, support, classes.to(self.device)).items():
-            reader.scorer.tensors[name][place].copy_(tensor)
+    def start(
+        self,
+        examples: Sequence[Example],
+        slot: int = 0,
+        batch_size: int = 32,
+        unlabelled: Sequence[Example] = (),
+    ) -> None:
+        """Gives a verbalizer that starts from texts (prototypes, chosen words, …) its start, on the model as it is.
 
-    def _plain(self, features: Features) -> Features:
-        """How a description is read: by itself where states are means over tokens, otherwise through the template."""
-        if self.backbone.kind != "encoder" or features.template.masks:
-            return features
-        return replace(features, template=parse(BARE), prepend_soft=0)
+        Args:
+            examples: training examples; what needs no labels takes them without.
+            slot: which adaptation.
+            batch_size: rows in one pass.
+            unlabelled: further texts for what needs no labels.
+        """
+        starting.start(self, examples, unlabelled, slot, batch_size)
 
-    @torch.no_grad()
+    def calibrate(self, examples: Sequence[Example] = (), slot: int = 0, batch_size: int = 32) -> None:
+        """Measures the task's calibration on the model as it is, whose answers it then corrects.
+
+        Args:
+            examples: texts of the task, labelled or not, for calibrations that need some; their labels are not read.
+            slot: which adaptation.
+            batch_size: rows in one pass.
+        """
+        starting.calibrate(self, examples, slot, batch_size)
+
     def embed(self, features: Features, examples: Sequence[Example], slot: int = 0, batch_size: int = 32) -> Tensor:
         """The pooled states [n, d] of examples, in their order; the model is not training."""
-        out = torch.zeros(len(examples), self.backbone.width, device=self.device)
-        with evaluating(self):
-            for batch in features.batches(features.encode(unlabelled(examples)), batch_size):
-                at = self.at_mask(batch.to(self.device), slot)
-                out[batch.index] = pooled(at).float()
-        return out
+        return starting.observed(self, features, examples, pooled, slot, batch_size)
 
     def predict(
         self, examples: Sequence[str | Mapping[str, str] | Example], batch_size: int = 32, slot: int = 0
@@ -189,13 +202,10 @@ class Model(nn.Module):
     def probabilities(self, examples: Sequence[Example], batch_size: int = 32, slot: int = 0) -> Tensor:
         """Class probabilities [n, c] on the CPU, in the order of the examples."""
         reader, place = self._at(slot), self.seats[slot][1]
-        if isinstance(reader.verbalizer, Started) and not any(t[place].any() for t in reader.scorer.tensors.values()):
-            raise ConfigError(
-                "the prototypes have no start yet; give model.start(examples) labelled examples, or fit the model"
-            )
+        starting.check_ready(reader, place)
         out = torch.zeros(len(examples), len(self.task.names))
         with evaluating(self):
-            for batch in reader.features.batches(reader.features.encode(unlabelled(examples)), batch_size):
+            for batch in reader.features.batches(reader.features.encode(unlabelled_of(examples)), batch_size):
                 logits = self(batch.to(self.device), slot)["logits"]
                 out[batch.index] = logits.float().softmax(-1).cpu()
         return out
@@ -206,7 +216,7 @@ class Model(nn.Module):
 
         if not examples:
             raise ConfigError("there are no examples to evaluate on")
-        gold = [self.features.label_index(_label(e)) for e in examples]
+        gold = [self.features.label_index(label_of(e)) for e in examples]
         predicted = self.probabilities(examples, batch_size, slot).argmax(-1).tolist()
         macro = f1_score(gold, predicted, average="macro", labels=range(len(self.task.names)), zero_division=0.0)
         return {"accuracy": float(accuracy_score(gold, predicted)), "macro_f1": float(macro)}
@@ -234,11 +244,7 @@ class Model(nn.Module):
 
     def stored(self, slot: int = 0) -> dict[str, Tensor]:
         """What is kept of one slot, by stored name: what trains, and of a reparametrised delta what it computes."""
-        if sum(d.length for d in self.chosen if isinstance(d, VirtualTokens)) != self.features.prepend_soft:
-            raise ConfigError(
-                "virtual tokens were attached or detached after the model was made, and its texts have as many as "
-                "before; make a new one with dp.adapt(backbone, task, deltas)"
-            )
+        check_room(self.chosen, self.features)
         kept = {f"delta.{name}": tensor for name, tensor in self.adapted.stored(slot).items()}
         own = self.reader(slot).scorer.tensors.items()
         return kept | {f"verbalizer.{name}": tensor.detach()[self.seats[slot][1]] for name, tensor in own}
@@ -262,19 +268,6 @@ class Model(nn.Module):
         from deltaprompt.model.saved import save
 
         return save(self, folder, slot, training, metrics)
-
-    @torch.no_grad()
-    def _begin_soft_words(self) -> None:
-        """Soft tokens that begin from words take these words' embeddings."""
-        parts, name = dict(self.adapted.parts()), f"0.{self.backbone.input_embedding}.p"
-        for slot in range(self.adapted.slots):
-            features, row = self.reader(slot).features, 0
-            for block in features.soft_blocks:
-                if block.words is not None:
-                    ids = torch.tensor(features.word_ids(block.words), device=self.device)
-                    words = self.backbone.model.get_input_embeddings()(ids)
-                    parts[name][slot, row : row + block.size] = words.to(parts[name].dtype)
-                row += block.size
 
 
 def read(
@@ -328,30 +321,20 @@ def at_answers(states: Tensor, answer_at: Tensor) -> Tensor:
     return states[rows, answer_at.clamp(min=0)]
 
 
-def _check_alike(readers: Sequence[Reader]) -> None:
-    """The tasks of one model have the same labels, and as many soft tokens, which are a delta of all."""
-    first = readers[0]
-    for other in readers[1:]:
-        if other.task.names != first.task.names:
-            raise ConfigError(
-                f"the tasks of one model have the same labels in the same order; got {list(first.task.names)} and "
-                f"{list(other.task.names)}"
-            )
-        if other.features.soft_rows != first.features.soft_rows:
-            raise ConfigError(
-                f"the templates of one model have as many soft tokens each; got {first.features.soft_rows} and "
-                f"{other.features.soft_rows}. Put those that differ in a model each"
-            )
-
-
 def adapt(backbone: Backbone, task: Task, deltas: Sequence[Delta] = (), seed: int = 0) -> Model:
     """A model for a task: the frozen backbone, its deltas in the order in which they act, and the task's verbalizer.
 
-    Where labels are described by sentences it answers at once, from these alone.
+    Where labels are described by sentences it answers at once, from these alone; a calibration that needs no texts is
+    measured at once too.
     """
     model = Model(backbone, task, deltas, [seed])
-    if isinstance(model.verbalizer, Started) and model.verbalizer.texts(model.scorer.setting):
+    verbalizer, calibration = model.verbalizer, task.calibration
+    begins = isinstance(verbalizer, Started) and bool(verbalizer.begun)
+    if isinstance(verbalizer, Started) and verbalizer.texts(model.scorer.setting):
         model.start([])
+        begins = False
+    if calibration is not None and not calibration.needs_texts and not begins:
+        model.calibrate()
     return model
 
 
@@ -378,13 +361,3 @@ def example_of(given: str | Mapping[str, str] | Example) -> Example:
     if isinstance(given, Example):
         return given
     return Example({"text": given} if isinstance(given, str) else given)
-
-
-def unlabelled(examples: Iterable[Example]) -> list[Example]:
-    return [Example(e.fields) for e in examples]
-
-
-def _label(example: Example) -> str:
-    if example.label is None:
-        raise ConfigError(f"an example has no label, {dict(example.fields)}; every one needs one here")
-    return example.label

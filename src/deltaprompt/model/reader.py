@@ -6,47 +6,73 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from deltaprompt.backbone import Backbone
 from deltaprompt.compose import Index, Routing, Stack
 from deltaprompt.deltas._base import Delta, VirtualTokens
-from deltaprompt.deltas._position_shift import PositionShift
+from deltaprompt.deltas.p_tuning import PTuning
+from deltaprompt.deltas.prefix import Prefix
 from deltaprompt.deltas.soft_prompt import SoftPrompt
 from deltaprompt.errors import ConfigError
 from deltaprompt.features import Features
 from deltaprompt.model.task import Task
-from deltaprompt.params import Weights
+from deltaprompt.model.virtual import room
+from deltaprompt.params import Param, Weights, zeros
 from deltaprompt.templates import parse
 from deltaprompt.types import AtMask
-from deltaprompt.verbalizers._base import Answers, Setting, Verbalizer
+from deltaprompt.verbalizers._base import PRIOR, Answers, Setting, Trained, Verbalizer, Worded, normalised
 
 T5_SENTINEL = "<extra_id_0>"
 
 
 class Scorer(Stack):
-    """A verbalizer with its tensors: those that train, one slot per adaptation, and those that do not."""
+    """A verbalizer with its tensors: one slot per adaptation of those that are its own, and those that do not change.
 
-    def __init__(
-        self,
-        verbalizer: Verbalizer,
-        setting: Setting,
-        constants: Mapping[str, Tensor],
-        slots: int,
-        routing: Routing,
-        like: Tensor,
-    ) -> None:
-        super().__init__(verbalizer.params(setting), slots, routing, like)
+    A calibration's prior is one of the former. It is over the words, which the verbalizer then takes it from itself, or
+    over the classes.
+    """
+
+    def __init__(self, reading: Reading, slots: int, routing: Routing, like: Tensor) -> None:
+        verbalizer, setting, calibration = reading.verbalizer, reading.setting, reading.task.calibration
+        of_words = isinstance(verbalizer, Worded) and calibration is not None and not calibration.of_classes
+        params = dict(verbalizer.params(setting))
+        if calibration is not None:
+            answers = verbalizer.units(setting) if isinstance(verbalizer, Worded) and of_words else len(setting.labels)
+            params[PRIOR] = Param((answers,), zeros, trains=False)
+        super().__init__(params, slots, routing, like)
         self.verbalizer = verbalizer
         self.setting = setting
-        self.constants = tuple(constants)
-        for name, tensor in constants.items():
+        self.calibrated = calibration is not None
+        self.of_words = of_words
+        self.constants = tuple(reading.constants)
+        for name, tensor in reading.constants.items():
             self.register_buffer(name, tensor.to(like.device), persistent=False)
 
     def forward(self, at: AtMask) -> Tensor:
         """Class scores [b, c]."""
-        fixed = {name: self.get_buffer(name) for name in self.constants}
+        w = self.seen(at)
+        scores = self.verbalizer.scores(w, self.setting, at)
+        return normalised(scores) - w[PRIOR] if self.calibrated and not self.of_words else scores
+
+    def answers(self, at: AtMask) -> Tensor:
+        """Normalised log p of what a prior is over, before calibration: of words [b, u] or of classes [b, c]."""
+        w = self.seen(at, False)
+        if isinstance(self.verbalizer, Worded) and self.of_words:
+            return normalised(self.verbalizer.word_scores(w, self.setting, at))
+        return normalised(self.verbalizer.scores(w, self.setting, at))
+
+    def loss(self, at: AtMask, scores: Tensor, classes: Tensor) -> Tensor:
+        """The loss of rows of one adaptation: the verbalizer's own, or the mean cross-entropy of their scores [b, c]."""
+        if isinstance(self.verbalizer, Trained):
+            return self.verbalizer.loss(self.seen(at), self.setting, at, scores, classes)
+        return cross_entropy(scores.float(), classes)
+
+    def seen(self, at: AtMask, calibrated: bool = True) -> Weights:
+        """The tensors as the verbalizer sees them; without its prior where that is not asked for."""
         own = self.weights(at.hidden.shape[0])
-        return self.verbalizer.scores(Weights({**own, **fixed}, self.training), self.setting, at)
+        fixed = {name: self.get_buffer(name) for name in self.constants}
+        return Weights({n: t for n, t in own.items() if calibrated or n != PRIOR} | fixed, self.training)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +90,7 @@ class Reading:
         """On a backbone, to which nothing is attached, with deltas that will act, each an instance."""
         verbalizer = task.settled(backbone)
         features = features_of(backbone, task, verbalizer, deltas)
-        setting = Setting(task.names, backbone.kind, backbone.width, features.answer_ids)
+        setting = setting_of(backbone, task, features)
         return cls(task, features, verbalizer, setting, verbalizer.constants(setting))
 
     @property
@@ -80,7 +106,7 @@ class Reading:
     def scorer(self, backbone: Backbone, slots: int = 1) -> Scorer:
         """The verbalizer with a slot for each adaptation, whose tensors are to be written."""
         like = next(backbone.model.parameters())
-        return Scorer(self.verbalizer, self.setting, self.constants, slots, Routing(), like)
+        return Scorer(self, slots, Routing(), like)
 
 
 class Reader(nn.Module):
@@ -111,6 +137,11 @@ class Reader(nn.Module):
         self.scorer.routing.index = slot
         return self.scorer(at)
 
+    def loss(self, at: AtMask, scores: Tensor, classes: Tensor, slot: int) -> Tensor:
+        """The loss of rows of one of its slots, from their scores [b, c]."""
+        self.scorer.routing.index = slot
+        return self.scorer.loss(at, scores, classes)
+
 
 def of_rows(at: AtMask, rows: Sequence[int] | Tensor) -> AtMask:
     """What is read of some rows, in their order; answers that go on are scored for all rows of a batch."""
@@ -123,18 +154,7 @@ def features_of(backbone: Backbone, task: Task, verbalizer: Verbalizer, deltas: 
     """The features of a task, with as many masks as the verbalizer's words need."""
     if len(task.names) < 2 or len(set(task.names)) < len(task.names):
         raise ConfigError(f"a task needs two labels or more, each once; got {list(task.names)}")
-    moved = sum(delta.by for delta in deltas if isinstance(delta, PositionShift))
-    limit = backbone.max_length - moved
-    if task.max_length is not None and not 1 <= task.max_length <= limit:
-        behind = f" behind positions moved on by {moved}" if moved else ""
-        raise ConfigError(
-            f"max_length {task.max_length} is not possible: this backbone takes 1 to {limit} tokens{behind}"
-        )
-    virtual = sum(delta.length for delta in deltas if isinstance(delta, VirtualTokens))
-    if virtual >= (task.max_length or limit):
-        raise ConfigError(
-            f"{virtual} virtual tokens leave no room in the {task.max_length or limit} tokens of a text; take fewer"
-        )
+    longest, virtual = room(backbone, deltas, task.max_length)
     config = backbone.config
     two = backbone.kind == "seq2seq"
     sentinel = T5_SENTINEL if two and T5_SENTINEL in backbone.tokenizer.get_vocab() else None
@@ -142,7 +162,7 @@ def features_of(backbone: Backbone, task: Task, verbalizer: Verbalizer, deltas: 
         backbone.tokenizer,
         parse(task.template),
         backbone.kind,
-        task.max_length or limit,
+        longest,
         task.names,
         soft_base=backbone.vocabulary,
         prepend_soft=virtual,
@@ -151,22 +171,63 @@ def features_of(backbone: Backbone, task: Task, verbalizer: Verbalizer, deltas: 
     )
     if not isinstance(verbalizer, Answers):
         return features
-    if features.template.masks > 1:
-        raise ConfigError(
-            f"label words answer at one {{mask}}, and the template has {features.template.masks}; leave one, or use "
-            "soft or prototypes, which read the mean of the states at all of them"
-        )
-    setting = Setting(task.names, backbone.kind, backbone.width, features.answer_ids)
-    return replace(features, answer_lengths=verbalizer.answer_lengths(setting))
+    return replace(features, answer_lengths=verbalizer.answer_lengths(setting_of(backbone, task, features)))
+
+
+def setting_of(backbone: Backbone, task: Task, features: Features) -> Setting:
+    """What a verbalizer may know."""
+    return Setting(
+        task.names,
+        backbone.kind,
+        backbone.width,
+        features.answer_ids,
+        features.template.masks,
+        0 if backbone.head is None else backbone.head.size,
+        features.whole_words,
+    )
+
+
+def of_template(features: Features) -> list[Delta]:
+    """The deltas that a template asks for: of its soft tokens one a range of rows, and its prefix."""
+    first, found = features.prepend_soft, list[Delta]()
+    for encoder, rows in features.soft_ranges:
+        if encoder is None:
+            found.append(SoftPrompt(length=rows, first=first))
+        else:
+            found.append(PTuning(length=rows, encoder=encoder, first=first))
+        first += rows
+    if features.template.prefix is not None:
+        found.append(Prefix(features.template.prefix.length))
+    return found
 
 
 def placed(deltas: Sequence[Delta], features: Features) -> list[Delta]:
-    """The deltas with soft prompts in their rows of virtual tokens, behind one for the template's own soft tokens."""
+    """The deltas with soft prompts in their rows of virtual tokens, behind those that the template asks for."""
     first, placed = 0, list[Delta]()
     for delta in deltas:
         if isinstance(delta, VirtualTokens):
             delta, first = replace(delta, first=first), first + delta.length
         placed.append(delta)
-    if features.soft_rows:
-        placed.insert(0, SoftPrompt(length=features.soft_rows, first=first))
-    return placed
+    return [*of_template(features), *placed]
+
+
+def check_alike(readers: Sequence[Reader]) -> None:
+    """The tasks of one model have the same labels, and their templates ask for the same deltas, which are of all."""
+    first = readers[0]
+    for other in readers[1:]:
+        if other.task.names != first.task.names:
+            raise ConfigError(
+                f"the tasks of one model have the same labels in the same order; got {list(first.task.names)} and "
+                f"{list(other.task.names)}"
+            )
+        if other.features.soft_rows != first.features.soft_rows:
+            raise ConfigError(
+                f"the templates of one model have as many soft tokens each; got {first.features.soft_rows} and "
+                f"{other.features.soft_rows}. Put those that differ in a model each"
+            )
+        if of_template(other.features) != of_template(first.features):
+            raise ConfigError(
+                "the templates of one model have as many soft tokens of each network, and the same prefix; got "
+                f"{str(first.features.template)!r} and {str(other.features.template)!r}. Put those that differ in a "
+                "model each"
+            )

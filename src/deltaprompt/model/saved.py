@@ -68,6 +68,7 @@ def save(
         StoreError: the folder cannot be written, or the record has what JSON cannot hold.
     """
     kept, reader = tensors(model, slot), model.reader(slot)
+    calibration = reader.task.calibration
     record = {
         "deltaprompt": version(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -75,6 +76,7 @@ def save(
         "template": reader.task.template,
         "labels": reader.task.names,
         "verbalizer": described("verbalizers", reader.verbalizer),
+        "calibration": None if calibration is None else described("calibrations", calibration),
         "deltas": [described("deltas", plain(delta)) for delta in model.chosen],
         "max_length": reader.features.max_length,
         "parameters": sum(tensor.numel() for tensor in kept.values()),
@@ -248,7 +250,9 @@ def asked_of(record: Mapping[str, Any]) -> tuple[Task, list[Delta]]:
     """The task and the deltas of a record."""
     verbalizer = from_description("verbalizers", record["verbalizer"])
     deltas = [from_description("deltas", delta) for delta in record["deltas"]]
-    return Task(record["template"], record["labels"], verbalizer, record["max_length"]), deltas
+    asked = record.get("calibration")  # records of before there were any have none
+    calibration = None if asked is None else from_description("calibrations", asked)
+    return Task(record["template"], record["labels"], verbalizer, record["max_length"], calibration), deltas
 
 
 def not_made(record: Mapping[str, Any], folder: str | Path, why: DeltaPromptError) -> StoreError:

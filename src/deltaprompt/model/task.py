@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from deltaprompt.backbone import Backbone
+from deltaprompt.calibrations._base import Calibration
 from deltaprompt.templates import parse
 from deltaprompt.verbalizers._base import Verbalizer
 from deltaprompt.verbalizers.label_words import LabelWords
@@ -22,12 +23,14 @@ class Task:
         verbalizer: how states become class scores. Where not given: `LabelWords` for a language model with a `{mask}`,
             otherwise `Prototypes` that start from the sentences and the training examples.
         max_length: tokens of a sequence at most; the backbone's own limit where not given.
+        calibration: takes away what the model would answer anyway; none where not given.
     """
 
     template: str
     labels: Mapping[str, str | Sequence[str]] | Sequence[str]
     verbalizer: Verbalizer | None = None
     max_length: int | None = None
+    calibration: Calibration | None = None
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """A verbalizer maps the states where the answer is read to class scores: `AtMask -> [b, c]`.
 
 Like a delta it is a frozen dataclass (configuration, options, stored form in one) whose methods are maths on tensors.
-Its trainable tensors are stacked `[n, …]`, one slot per adaptation; its constants (ids of words) are worked out once.
+Its tensors are stacked `[n, …]`, one slot per adaptation, whether they train or stay as their start made them; its
+constants (ids of words) are worked out once.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +21,8 @@ from deltaprompt.errors import ConfigError, nearest
 from deltaprompt.params import Param, Weights
 from deltaprompt.types import AtMask
 
+PRIOR = "prior"  # the name of the tensor that a calibration measured
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -28,6 +32,9 @@ class Setting:
     kind: Kind
     width: int
     answer_ids: Callable[[str], list[int]]  # a word -> its token ids as it stands at the mask
+    masks: int = 1  # `{mask}`s of the template
+    vocabulary: int = 0  # rows of the output embedding
+    whole_words: Callable[[], list[int]] = list  # ids of the tokens that are words by themselves at the mask
 
 
 @dataclass(frozen=True)
@@ -36,11 +43,11 @@ class Verbalizer(ABC):
 
     @abstractmethod
     def params(self, s: Setting) -> Mapping[str, Param]:
-        """Its trainable tensors, one slot of each."""
+        """Its own tensors, one slot of each: those that train, and those that only its start writes."""
 
     @abstractmethod
     def constants(self, s: Setting) -> Mapping[str, Tensor]:
-        """Its tensors that never train. A class without an entry, or a kind of backbone that does not fit, raises."""
+        """Its tensors that never change. A class without an entry, or a kind of backbone that does not fit, raises."""
 
     @abstractmethod
     def scores(self, w: Weights, s: Setting, at: AtMask) -> Tensor:
@@ -55,16 +62,63 @@ class Answers(ABC):
         """The numbers of tokens that its words have."""
 
 
+class Worded(ABC):
+    """A verbalizer whose class scores are made of words' scores; a calibration's prior is then one over these words.
+
+    Its `scores` take the prior away by `without_prior`.
+    """
+
+    @abstractmethod
+    def units(self, s: Setting) -> int:
+        """u, the number of words."""
+
+    @abstractmethod
+    def word_scores(self, w: Weights, s: Setting, at: AtMask) -> Tensor:
+        """log p(word | prompt), up to a constant of the row, before any calibration: [b, u]."""
+
+
 class Started(ABC):
-    """A verbalizer whose tensors start from states of the frozen backbone."""
+    """A verbalizer whose tensors start from what the frozen backbone makes of texts."""
+
+    begun: ClassVar[str]  # a tensor that is all zero before the start, without which there is no answer; "" for none
+    labelled: ClassVar[bool] = True  # whether the support needs labels
 
     @abstractmethod
     def texts(self, s: Setting) -> Sequence[str]:
-        """The texts, besides the training examples, whose states it starts from."""
+        """The texts, besides the support, whose states it starts from."""
 
     @abstractmethod
-    def start(self, s: Setting, texts: Tensor, support: Tensor, classes: Tensor) -> Mapping[str, Tensor]:
-        """Start values from the states of `texts` [t, d] and of the support [n, d] with its classes [n]; n may be 0."""
+    def observed(self, w: Weights, s: Setting, at: AtMask) -> Tensor:
+        """What it keeps of a row: [b, k]. The start is given these of all rows; `pooled` states are the usual."""
+
+    @abstractmethod
+    def start(self, w: Weights, s: Setting, texts: Tensor, support: Tensor, classes: Tensor) -> Mapping[str, Tensor]:
+        """Start values of some of its tensors.
+
+        Args:
+            w: its tensors as they are.
+            texts: pooled states of `texts` [t, d].
+            support: what was observed of n examples [n, k]; n may be 0.
+            classes: of the examples [n]; -1 where there is no label.
+        """
+
+
+class Trained(ABC):
+    """A verbalizer with a loss of its own in place of the cross-entropy of its scores."""
+
+    @abstractmethod
+    def loss(self, w: Weights, s: Setting, at: AtMask, scores: Tensor, classes: Tensor) -> Tensor:
+        """The loss of one adaptation's rows, a number: their class scores [b, c] and classes [b]."""
+
+
+def without_prior(w: Weights, words: Tensor) -> Tensor:
+    """log p(word | prompt) − log of its prior, normalised over the words: [b, u]; without calibration as given."""
+    return functional.log_softmax(normalised(words) - w[PRIOR].float(), -1) if PRIOR in w else words
+
+
+def normalised(scores: Tensor) -> Tensor:
+    """log softmax, in float32 or better."""
+    return functional.log_softmax(scores.to(torch.promote_types(scores.dtype, torch.float32)), -1)
 
 
 def pooled(at: AtMask) -> Tensor:
@@ -77,6 +131,20 @@ def pooled(at: AtMask) -> Tensor:
 def cosine(z: Tensor, h: Tensor) -> Tensor:
     """cos(h, z_c) [b, c] of states h [b, d] and unit prototypes z [c, d], or one set a row [b, c, d]."""
     return (functional.normalize(z, dim=-1) @ functional.normalize(h, dim=-1)[..., None]).squeeze(-1)
+
+
+def class_means(support: Tensor, classes: Tensor, count: int) -> Tensor:
+    """The mean of each class's rows: [n, k], [n] -> [c, k]; 0 for a class without rows."""
+    known = classes >= 0
+    sums = support.new_zeros(count, support.shape[-1]).index_add(0, classes[known], support[known])
+    return sums / torch.bincount(classes[known], minlength=count).clamp(min=1)[:, None]
+
+
+def each_has_examples(s: Setting, classes: Tensor, what: str, mend: str = "") -> None:
+    """Checks that every class has an example to start from."""
+    counts = torch.bincount(classes[classes >= 0], minlength=len(s.labels)).tolist()
+    if empty := [label for label, n in zip(s.labels, counts, strict=True) if not n]:
+        raise ConfigError(f"no training example of {', '.join(map(repr, empty))} to start {what} from{mend}")
 
 
 def of_each(given: Mapping[str, object], labels: Sequence[str], what: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -23,6 +24,7 @@ class LabelDescriptions(Verbalizer, Started):
 
     descriptions: Mapping[str, str]
     scale: float = 20.0
+    begun: ClassVar[str] = "z"
 
     def params(self, s: Setting) -> Mapping[str, Param]:
         return {"z": Param((len(s.labels), s.width), zeros)}
@@ -34,7 +36,10 @@ class LabelDescriptions(Verbalizer, Started):
     def texts(self, s: Setting) -> Sequence[str]:
         return [self.descriptions[label] for label in s.labels]
 
-    def start(self, s: Setting, texts: Tensor, support: Tensor, classes: Tensor) -> Mapping[str, Tensor]:
+    def observed(self, w: Weights, s: Setting, at: AtMask) -> Tensor:
+        return pooled(at)
+
+    def start(self, w: Weights, s: Setting, texts: Tensor, support: Tensor, classes: Tensor) -> Mapping[str, Tensor]:
         return {"z": texts}
 
     def scores(self, w: Weights, s: Setting, at: AtMask) -> Tensor:

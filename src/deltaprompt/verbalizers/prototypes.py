@@ -8,15 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from deltaprompt.errors import ConfigError
 from deltaprompt.params import Param, Weights, zeros
 from deltaprompt.types import AtMask
-from deltaprompt.verbalizers._base import Setting, Started, Verbalizer, cosine, of_each, pooled
+from deltaprompt.verbalizers._base import (
+    Setting,
+    Started,
+    Verbalizer,
+    class_means,
+    cosine,
+    each_has_examples,
+    of_each,
+    pooled,
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,7 @@ class Prototypes(Verbalizer, Started):
     scale: float = 10.0
     descriptions: Mapping[str, str] = field(default_factory=dict)
     description_weight: float = 1.0
+    begun: ClassVar[str] = "z"
 
     def params(self, s: Setting) -> Mapping[str, Param]:
         return {"z": Param((len(s.labels), s.width), zeros)}
@@ -44,15 +53,13 @@ class Prototypes(Verbalizer, Started):
     def texts(self, s: Setting) -> Sequence[str]:
         return [self.descriptions[label] for label in s.labels] if self.descriptions else []
 
-    def start(self, s: Setting, texts: Tensor, support: Tensor, classes: Tensor) -> Mapping[str, Tensor]:
-        z = support.new_zeros(len(s.labels), s.width)
-        counts = torch.bincount(classes, minlength=len(s.labels))
-        if len(texts) == 0 and not counts.all():
-            empty = [label for label, n in zip(s.labels, counts.tolist(), strict=True) if not n]
-            raise ConfigError(
-                f"no training example of {', '.join(map(repr, empty))} to start a prototype from; give descriptions"
-            )
-        z = normalize(z.index_add(0, classes, normalize(support, dim=-1)), dim=-1)  # [c, d]
+    def observed(self, w: Weights, s: Setting, at: AtMask) -> Tensor:
+        return pooled(at)
+
+    def start(self, w: Weights, s: Setting, texts: Tensor, support: Tensor, classes: Tensor) -> Mapping[str, Tensor]:
+        if len(texts) == 0:
+            each_has_examples(s, classes, "a prototype", "; give descriptions")
+        z = normalize(class_means(normalize(support, dim=-1), classes, len(s.labels)), dim=-1)  # [c, d]
         return {"z": z + self.description_weight * normalize(texts, dim=-1) if len(texts) else z}
 
     def scores(self, w: Weights, s: Setting, at: AtMask) -> Tensor:

@@ -1,0 +1,1 @@
+"""Calibrations, one a file: what a model would say anyway is taken away from what it says of a text."""

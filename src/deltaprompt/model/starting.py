@@ -1,0 +1,116 @@
+"""What a model is given before it answers or trains: starts of verbalizers, and priors of calibrations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from deltaprompt.errors import ConfigError
+from deltaprompt.features import Features
+from deltaprompt.templates import parse
+from deltaprompt.types import AtMask, Example
+from deltaprompt.verbalizers._base import PRIOR, Started, pooled
+
+if TYPE_CHECKING:
+    from deltaprompt.model.model import Model
+    from deltaprompt.model.reader import Reader
+
+BARE = "{text}"
+Look = Callable[[AtMask], Tensor]  # what is kept of a batch's rows: [b, k]
+
+
+@torch.no_grad()
+def start(
+    model: Model, examples: Sequence[Example], unlabelled: Sequence[Example], slot: int = 0, batch_size: int = 32
+) -> None:
+    """Gives one slot's verbalizer its start; see `Model.start`."""
+    reader, place = model.reader(slot), model.seats[slot][1]
+    verbalizer, scorer, features = reader.verbalizer, reader.scorer, reader.features
+    if not isinstance(verbalizer, Started):
+        return
+    rows = list(examples) if verbalizer.labelled else [*examples, *unlabelled]
+    labels = [label_of(e) if verbalizer.labelled else e.label for e in rows]
+    classes = torch.tensor([-1 if label is None else features.label_index(label) for label in labels], dtype=torch.long)
+    w, s = scorer.slot(place), scorer.setting
+
+    def look(at: AtMask) -> Tensor:
+        return verbalizer.observed(scorer.seen(at, False), s, at)
+
+    support = observed(model, features, rows, look, slot, batch_size)
+    plain = _plain(model, features)
+    described = [Example(dict.fromkeys(plain.template.fields, text)) for text in verbalizer.texts(s)]
+    texts = observed(model, plain, described, pooled, slot, batch_size)
+    for name, tensor in verbalizer.start(w, s, texts, support, classes.to(model.device)).items():
+        scorer.tensors[name][place].copy_(tensor)
+
+
+@torch.no_grad()
+def calibrate(model: Model, examples: Sequence[Example], slot: int = 0, batch_size: int = 32) -> None:
+    """Measures one slot's prior; see `Model.calibrate`."""
+    reader, place = model.reader(slot), model.seats[slot][1]
+    calibration, features, scorer = reader.task.calibration, reader.features, reader.scorer
+    if calibration is None:
+        return
+    own = calibration.template()
+    asked = features if own is None else replace(features, template=parse(own))
+    inputs = calibration.inputs(features.template.fields, unlabelled_of(examples))
+    log_p = observed(model, asked, inputs, scorer.answers, slot, batch_size)
+    scorer.tensors[PRIOR][place].copy_(calibration.prior(log_p))
+
+
+@torch.no_grad()
+def observed(
+    model: Model, features: Features, examples: Sequence[Example], look: Look, slot: int = 0, batch_size: int = 32
+) -> Tensor:
+    """What a function keeps of every example's answer positions, in their order: [n, k]; the model is not training."""
+    from deltaprompt.model.model import evaluating
+
+    if not examples:
+        return torch.zeros(0, model.backbone.width, device=model.device)
+    found: list[Tensor] = [torch.zeros(0)] * len(examples)
+    with evaluating(model):
+        for batch in features.batches(features.encode(unlabelled_of(examples)), batch_size):
+            assert batch.index is not None
+            at = model.at_mask(batch.to(model.device), slot)
+            model.reader(slot).scorer.routing.index = model.seats[slot][1]
+            for i, row in zip(batch.index.tolist(), look(at).float(), strict=True):
+                found[i] = row
+    return torch.stack(found)
+
+
+def check_ready(reader: Reader, place: int) -> None:
+    """Raises where the verbalizer has no start, or its prior has not been measured."""
+    verbalizer, tensors = reader.verbalizer, reader.scorer.tensors
+    if isinstance(verbalizer, Started) and verbalizer.begun and not tensors[verbalizer.begun][place].any():
+        raise ConfigError(
+            f"the verbalizer {type(verbalizer).__name__} has no start yet; give model.start(examples) "
+            f"{'labelled ' if verbalizer.labelled else ''}examples, or fit the model"
+        )
+    if reader.task.calibration is not None and not tensors[PRIOR][place].any():
+        raise ConfigError(
+            f"the calibration {type(reader.task.calibration).__name__} has not been measured; give "
+            "model.calibrate(examples) texts of the task (labels are not needed), or fit the model"
+        )
+
+
+def _plain(model: Model, features: Features) -> Features:
+    """How a description is read: by itself where states are means over tokens, otherwise through the template."""
+    if model.backbone.kind != "encoder" or features.template.masks:
+        return features
+    return replace(features, template=parse(BARE), prepend_soft=0)
+
+
+def unlabelled_of(examples: Iterable[Example]) -> list[Example]:
+    """The same without labels."""
+    return [Example(e.fields) for e in examples]
+
+
+def label_of(example: Example) -> str:
+    """An example's label, or an error where it has none."""
+    if example.label is None:
+        raise ConfigError(f"an example has no label, {dict(example.fields)}; every one needs one here")
+    return example.label

@@ -1,0 +1,122 @@
+"""score(c) = τ cos(W h, z_c), W and z learned by contrast (ProtoVerb, Cui et al. 2022, section 3).
+
+loss = −mean_i [mean_{j ~ i} log softmax_{j' ≠ i}(τ cos(v_i, v_j'))_j + log softmax_c(τ cos(v_i, z_c))_{c_i}], v = W h;
+j ~ i are the other examples of i's class in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize
+
+from deltaprompt.errors import ConfigError
+from deltaprompt.params import Param, Weights, kaiming, zeros
+from deltaprompt.types import AtMask
+from deltaprompt.verbalizers._base import (
+    Answers,
+    Setting,
+    Started,
+    Trained,
+    Verbalizer,
+    Worded,
+    class_means,
+    cosine,
+    each_has_examples,
+    pooled,
+    without_prior,
+)
+from deltaprompt.verbalizers._words import answer_lengths, constants, of_classes, scored, units
+
+
+@dataclass(frozen=True)
+class ProtoVerb(Verbalizer, Answers, Worded, Started, Trained):
+    """Prototypes in a learned space of a few dimensions: d · k + c · k parameters; any number of examples a class.
+
+    Args:
+        dim: k, of that space.
+        scale: τ, the inverse temperature of the cosines.
+        words: words of each label, whose scores then count as much as the prototypes' (both standardised over the
+            classes); none for prototypes alone.
+        legacy: as their code: no temperature, and an example's pair with itself counts as one of its class.
+    """
+
+    dim: int = 64
+    scale: float = 10.0
+    words: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
+    legacy: bool = False
+    begun: ClassVar[str] = "z"
+
+    def __post_init__(self) -> None:
+        if self.dim < 1 or self.scale <= 0:
+            raise ConfigError(f"proto_verb: got dim={self.dim}, scale={self.scale}; possible: dim >= 1, scale > 0")
+
+    def answer_lengths(self, s: Setting) -> tuple[int, ...]:
+        return answer_lengths(self.words, s)
+
+    def units(self, s: Setting) -> int:
+        return units(self.words, s)
+
+    def params(self, s: Setting) -> Mapping[str, Param]:
+        return {"w": Param((self.dim, s.width), kaiming), "z": Param((len(s.labels), self.dim), zeros)}
+
+    def constants(self, s: Setting) -> Mapping[str, Tensor]:
+        return constants(self.words, s)
+
+    def texts(self, s: Setting) -> Sequence[str]:
+        return []
+
+    def observed(self, w: Weights, s: Setting, at: AtMask) -> Tensor:
+        return pooled(at)
+
+    def start(self, w: Weights, s: Setting, texts: Tensor, support: Tensor, classes: Tensor) -> Mapping[str, Tensor]:
+        each_has_examples(s, classes, "a prototype")
+        v = normalize(support.to(w["w"].dtype) @ w["w"].mT, dim=-1)  # [n, d] -> [n, k]
+        return {"z": normalize(class_means(v, classes, len(s.labels)), dim=-1)}
+
+    def word_scores(self, w: Weights, s: Setting, at: AtMask) -> Tensor:
+        return scored(w, s, at) if self.words else self._prototypes(w, at)
+
+    def scores(self, w: Weights, s: Setting, at: AtMask) -> Tensor:
+        if not self.words:
+            return without_prior(w, self._prototypes(w, at))
+        words = of_classes(without_prior(w, scored(w, s, at)), w["member"], "arithmetic")
+        return (_standard(self._prototypes(w, at)) + _standard(words)) / 2
+
+    def loss(self, w: Weights, s: Setting, at: AtMask, scores: Tensor, classes: Tensor) -> Tensor:
+        v = normalize(self._embedded(w, at), dim=-1)  # [b, k]
+        return cross_entropy(self._prototypes(w, at), classes) + self._between(v, classes)
+
+    def _between(self, v: Tensor, classes: Tensor) -> Tensor:
+        """The contrast between examples [b, k]; 0 where no two are of one class."""
+        itself = torch.eye(len(v), dtype=torch.bool, device=v.device)
+        alike = classes[:, None] == classes
+        sims = self._scale * (v @ v.mT)
+        if not self.legacy:
+            alike, sims = alike & ~itself, sims.masked_fill(itself, -torch.inf)
+        have = alike.any(-1)
+        if not have.any():
+            return v.sum() * 0.0
+        log_p = sims.log_softmax(-1).masked_fill(~alike, 0.0)
+        return -(log_p.sum(-1)[have] / alike.sum(-1)[have]).mean()
+
+    @property
+    def _scale(self) -> float:
+        return 1.0 if self.legacy else self.scale
+
+    def _embedded(self, w: Weights, at: AtMask) -> Tensor:
+        """W h: [b, d] -> [b, k]."""
+        h = pooled(at).to(w["w"].dtype)
+        return (w["w"] @ h[..., None]).squeeze(-1)
+
+    def _prototypes(self, w: Weights, at: AtMask) -> Tensor:
+        return self._scale * cosine(w["z"], self._embedded(w, at))
+
+
+def _standard(scores: Tensor) -> Tensor:
+    """Mean 0 and standard deviation 1 over the classes of each row."""
+    return (scores - scores.mean(-1, keepdim=True)) / scores.std(-1, keepdim=True).clamp(min=1e-6)
