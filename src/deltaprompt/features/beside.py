@@ -13,7 +13,7 @@ from deltaprompt.features.codec import Codec, Tokens
 from deltaprompt.features.demonstrations import Demonstrations
 from deltaprompt.features.layout import Kind, Layout
 from deltaprompt.features.truncate import Filled, kept, shares
-from deltaprompt.templates import Field, Literal, Mask, Piece, Prefix, Role, Soft, Template
+from deltaprompt.templates import Field, Literal, Mask, Piece, Prefix, Role, Soft, Special, Template
 from deltaprompt.types import Example
 
 LEAST: Final = 16  # tokens of a demonstration's texts that are never cut
@@ -125,9 +125,9 @@ class Form:
 
     @property
     def _between(self) -> str:
-        if any(isinstance(piece, Role) for piece in self.own) or isinstance(self.own[-1], Literal):
+        head, tail = self.own[0], self.own[-1]
+        if isinstance(tail, Literal | Special) or isinstance(head, Special | Role):
             return ""
-        head = self.own[0]
         return "" if isinstance(head, Literal) and head.text[0].isspace() else "\n"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -20,11 +20,12 @@ from deltaprompt.errors import ConfigError
 from deltaprompt.features import Encoded, Features
 from deltaprompt.model import starting
 from deltaprompt.model.reader import Reader, Scorer, check_alike, of_rows, of_template, placed
+from deltaprompt.model.showing import demonstrate, shows
 from deltaprompt.model.starting import label_of, unlabelled_of
 from deltaprompt.model.task import Task
 from deltaprompt.model.virtual import begin_from_words, check_room
 from deltaprompt.types import AtMask, Batch, Example
-from deltaprompt.verbalizers._base import Started, Verbalizer, pooled
+from deltaprompt.verbalizers._base import Verbalizer, pooled
 
 
 class Model(nn.Module):
@@ -46,10 +47,11 @@ class Model(nn.Module):
         tasks = [task] * len(seeds) if isinstance(task, Task) else list(task)
         if len(tasks) != len(seeds):
             raise ConfigError(f"{len(tasks)} tasks for {len(seeds)} seeds; give one task for all, or one a seed")
-        told = [(task, task.names) for task in tasks]  # equal labels may stand in another order
+        # equal labels may stand in another order; each adaptation has demonstrations of its own
+        told = [(task, task.names, slot if shows(task) else -1) for slot, task in enumerate(tasks)]
         distinct = [one for i, one in enumerate(told) if one not in told[:i]]
         numbers = [distinct.index(one) for one in told]
-        made = [Reader(backbone, task, instances(deltas), numbers.count(n)) for n, (task, _) in enumerate(distinct)]
+        made = [Reader(backbone, task, instances(deltas), numbers.count(n)) for n, (task, *_) in enumerate(distinct)]
         check_alike(made)  # whatever is wrong is said before anything is attached
         if carries_deltas(backbone.model):
             raise ConfigError(
@@ -174,6 +176,14 @@ class Model(nn.Module):
             unlabelled: further texts for what needs no labels.
         """
         starting.start(self, examples, unlabelled, slot, batch_size)
+
+    def demonstrate(self, examples: Sequence[Example], slot: int = 0, seed: int = 0) -> None:
+        """Gives a template with `{demos}` what it shows: labelled examples, of which the seed draws some.
+
+        A calibration that needs no texts is measured on them. `fit` gives a model that has none its training rows.
+        """
+        self._at(slot)
+        demonstrate(self, examples, slot, seed)
 
     def calibrate(self, examples: Sequence[Example] = (), slot: int = 0, batch_size: int = 32) -> None:
         """Measures the task's calibration on the model as it is, whose answers it then corrects.
@@ -328,13 +338,8 @@ def adapt(backbone: Backbone, task: Task, deltas: Sequence[Delta] = (), seed: in
     measured at once too.
     """
     model = Model(backbone, task, deltas, [seed])
-    verbalizer, calibration = model.verbalizer, task.calibration
-    begins = isinstance(verbalizer, Started) and bool(verbalizer.begun)
-    if isinstance(verbalizer, Started) and verbalizer.texts(model.scorer.setting):
-        model.start([])
-        begins = False
-    if calibration is not None and not calibration.needs_texts and not begins:
-        model.calibrate()
+    if model.features.template.demos is None:  # else what it shows comes first
+        starting.at_once(model)
     return model
 
 

@@ -137,6 +137,10 @@ class Reader(nn.Module):
         self.scorer.routing.index = slot
         return self.scorer(at)
 
+    def show(self, features: Features) -> None:
+        """Its texts are read with these demonstrations from now on."""
+        self.reading = replace(self.reading, features=features)
+
     def loss(self, at: AtMask, scores: Tensor, classes: Tensor, slot: int) -> Tensor:
         """The loss of rows of one of its slots, from their scores [b, c]."""
         self.scorer.routing.index = slot

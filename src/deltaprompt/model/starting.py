@@ -57,9 +57,24 @@ def calibrate(model: Model, examples: Sequence[Example], slot: int = 0, batch_si
         return
     own = calibration.template()
     asked = features if own is None else replace(features, template=parse(own))
+    asked = asked if calibration.needs_texts else asked.seeded()  # a text without content is near to none
     inputs = calibration.inputs(features.template.fields, unlabelled_of(examples))
     log_p = observed(model, asked, inputs, scorer.answers, slot, batch_size)
     scorer.tensors[PRIOR][place].copy_(calibration.prior(log_p))
+
+
+def at_once(model: Model, slot: int = 0) -> None:
+    """What needs no examples: the start of a verbalizer that has descriptions, and a calibration without texts."""
+    reader, place = model.reader(slot), model.seats[slot][1]
+    verbalizer, calibration, scorer = reader.verbalizer, reader.task.calibration, reader.scorer
+    waits = False
+    if isinstance(verbalizer, Started):
+        waits = bool(verbalizer.begun) and not scorer.tensors[verbalizer.begun][place].any()
+        if verbalizer.texts(scorer.setting) and (waits or not verbalizer.begun):
+            model.start([], slot)
+            waits = False
+    if calibration is not None and not calibration.needs_texts and not waits:
+        model.calibrate(slot=slot)
 
 
 @torch.no_grad()

@@ -1,0 +1,134 @@
+"""What a task's `{demos}` shows: words of its verbalizer; and the states by which the nearest examples are found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from deltaprompt.backbone import Backbone
+from deltaprompt.backbone.fused import at_rest
+from deltaprompt.compose import patches_on
+from deltaprompt.errors import ConfigError
+from deltaprompt.features import Features
+from deltaprompt.features.demonstrations import Demonstrations, drawn
+from deltaprompt.model.starting import at_once
+from deltaprompt.model.task import Task
+from deltaprompt.templates import Demos, Field, Literal, Template, parse
+from deltaprompt.types import Batch, Example
+from deltaprompt.verbalizers._base import Verbalizer
+from deltaprompt.verbalizers.rules import Rules
+
+if TYPE_CHECKING:
+    from deltaprompt.model.model import Model
+
+ROWS = 32  # texts in one pass
+
+
+def shows(task: Task) -> bool:
+    """Whether a task's template shows demonstrations."""
+    return parse(task.template).demos is not None
+
+
+def demonstrate(model: Model, examples: Sequence[Example], slot: int = 0, seed: int = 0) -> None:
+    """Gives one slot's template labelled examples to show; see `Model.demonstrate`."""
+    reader = model.reader(slot)
+    rows = drawn(asked_by(reader.features), reader.features.template.fields, examples, seed)
+    reader.show(showing(model.backbone, reader.features, reader.verbalizer, rows))
+    at_once(model, slot)
+
+
+def asked_by(features: Features) -> Demos:
+    """What a template asks for, or an error where it shows nothing."""
+    if features.template.demos is None:
+        raise ConfigError(
+            f"the template {str(features.template)!r} shows no demonstrations; write {{demos:4}} where they stand"
+        )
+    return features.template.demos
+
+
+def showing(backbone: Backbone, features: Features, verbalizer: Verbalizer, rows: Sequence[Example]) -> Features:
+    """The features of a task whose template shows demonstrations, with these rows to choose from.
+
+    Raises:
+        ConfigError: the template shows none.
+        DataError: a row has a label that is none of the task's.
+        TemplateError: not one of them has room.
+    """
+    asked, fields = asked_by(features), features.template.fields
+    for row in rows:
+        features.label_index(str(row.label))
+    words = {label: words_of(verbalizer, label, features.template.masks) for label in features.labels}
+    states = MeanStates(backbone, _plain(features)) if asked.by == "nearest" else None
+    return replace(features, demonstrations=Demonstrations(asked, fields, words, tuple(rows), states)).checked()
+
+
+def words_of(verbalizer: Verbalizer, label: str, masks: int) -> tuple[str, ...]:
+    """What stands at each mask of a label's demonstration: the verbalizer's first word, or the label's name."""
+    if isinstance(verbalizer, Rules):
+        return tuple(words if isinstance(words, str) else words[0] for words in verbalizer.rules[label])
+    if masks > 1:
+        raise ConfigError(
+            f"a demonstration shows a word at each {{mask}}, and only rules say which stands at which of {masks}; use "
+            "them, or leave one {mask}"
+        )
+    given = vars(verbalizer).get("words")
+    words = given.get(label, label.replace("_", " ")) if isinstance(given, Mapping) else label.replace("_", " ")
+    return ((words if isinstance(words, str) else words[0]).strip(),)
+
+
+@dataclass(frozen=True)
+class MeanStates:
+    """The mean over a text's tokens of the backbone's last states; of an encoder-decoder the encoder's.
+
+    No delta acts, so that what is near stays so while a model trains, and wherever it is opened.
+    """
+
+    backbone: Backbone
+    features: Features  # of the fields alone
+
+    @torch.no_grad()
+    def __call__(self, examples: Sequence[Example]) -> Tensor:
+        """Examples -> [n, d], on the CPU; 0 for a text without a token."""
+        rows = self.features.encode([Example(example.fields) for example in examples])
+        some = [i for i, row in enumerate(rows) if row.length]
+        found: dict[int, Tensor] = {}
+        device = next(self.backbone.model.parameters()).device
+        with without_deltas(self.backbone), at_rest(self.backbone.model):
+            for batch in self.features.batches([rows[i] for i in some], ROWS):
+                assert batch.index is not None
+                means = self._means(batch.to(device)).float().cpu()
+                found |= zip((some[i] for i in batch.index.tolist()), means, strict=True)
+        nothing = torch.zeros_like(next(iter(found.values()), torch.zeros(1)))
+        return torch.stack([found.get(i, nothing) for i in range(len(rows))])
+
+    def _means(self, batch: Batch) -> Tensor:
+        backbone = self.backbone
+        states = backbone.encoded(batch.inputs) if backbone.kind == "seq2seq" else backbone.states(batch.inputs)
+        seen = batch.inputs["attention_mask"][..., None]
+        return (states * seen).sum(1) / seen.sum(1)
+
+
+@contextmanager
+def without_deltas(backbone: Backbone) -> Iterator[None]:
+    """Within it nothing that is attached to a backbone acts."""
+    routings = {id(patch.routing): patch.routing for patch in patches_on(backbone.model)}.values()
+    before = [routing.resting for routing in routings]
+    for routing in routings:
+        routing.resting = True
+    try:
+        yield
+    finally:
+        for routing, resting in zip(routings, before, strict=True):
+            routing.resting = resting
+
+
+def _plain(features: Features) -> Features:
+    """How a text is read by itself: its fields with blanks between, no soft tokens, no answer."""
+    pieces = [piece for name in features.template.fields for piece in (Literal(" "), Field(name))]
+    template = Template(tuple(pieces[1:]))
+    return replace(features, template=template, kind="encoder", answer_lengths=(1,), prepend_soft=0)
