@@ -13,20 +13,26 @@ from deltaprompt.errors import ConfigError
 from deltaprompt.templates import parse
 from deltaprompt.types import Example
 
-SPLITS = {"train": "train", "dev": "validation", "test": "test"}  # the usual names of a hub dataset's splits
+SPLITS = {
+    "train": "train",
+    "dev": "validation",
+    "test": "test",
+    "unlabelled": "unsupervised",
+}  # the usual names of a hub dataset's splits
 DEV_SHARE = 0.1  # of all rows, where there are neither shots nor a dev file
 Sets = tuple[Sequence[Example], Sequence[Example] | None]
 
 
 def rows(source: str, asked: DataTable, fields: Iterable[str], role: str) -> list[Example]:
-    """The labelled rows of a file, or of a dataset on the hub: `hf:name`, `hf:name@split`."""
+    """The rows of a file, or of a dataset on the hub: `hf:name`, `hf:name@split`; labelled but for "unlabelled"."""
     name, at, named = source.partition("@") if source.startswith(HUB) else (source, "", "")
     wanted = (named if at else SPLITS[role]) if source.startswith(HUB) else None
     text = asked.text or asked.fields.get("text") or ("text" if "text" in fields else None)
     own = {key: column for key, column in asked.fields.items() if key != "text"}
     dropped: list[str] = []
     on_empty = dropped.append if asked.drop_empty else None
-    found = read(name, text=text, label=asked.label, fields=own, split=wanted, on_empty=on_empty)
+    label = None if role == "unlabelled" else asked.label
+    found = read(name, text=text, label=label, fields=own, split=wanted, on_empty=on_empty)
     if dropped:
         note(f"{source}: left out {len(dropped)} of {len(found) + len(dropped)} rows, the first: {dropped[0]}")
     return found

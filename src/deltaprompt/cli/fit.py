@@ -26,6 +26,7 @@ def fit(
     data: options.Train = None,
     test: options.Test = None,
     dev: options.Dev = None,
+    unlabelled: options.Unlabelled = None,
     text: options.Text = None,
     label: options.Label = None,
     field: options.Fields = None,
@@ -35,6 +36,7 @@ def fit(
     template: options.Template = None,
     describe: options.Describe = None,
     verbalizer: options.VerbalizerOption = None,
+    calibration: options.CalibrationOption = None,
     max_length: options.MaxLength = None,
     backbone: options.BackboneName = None,
     delta: options.Deltas = None,
@@ -94,11 +96,12 @@ def _tables(given: dict[str, Any]) -> dict[str, Any]:
             "template": given["template"],
             "labels": labels_of(given["describe"]) if given["describe"] else None,
             "verbalizer": variant_of("verbalizers", verbalizer) if verbalizer else None,
+            "calibration": variant_of("calibrations", given["calibration"]) if given["calibration"] else None,
             "max_length": given["max_length"],
         },
         "data": {
             "train": given["data"],
-            **{name: given[name] for name in ("test", "dev", "text", "label")},
+            **{name: given[name] for name in ("test", "dev", "unlabelled", "text", "label")},
             "fields": pairs(given["field"], "--field") if given["field"] else None,
             "drop_empty": given["drop_empty"] or None,
             "hold_out": False if given["no_dev"] else None,
@@ -125,6 +128,8 @@ def _run(recipe: Recipe, resume: bool) -> SeedsResult | GridResult:
     train = rows(source, recipe.data, fields, "train")
     dev = None if recipe.data.dev is None else rows(recipe.data.dev, recipe.data, fields, "dev")
     test = None if recipe.data.test is None else rows(recipe.data.test, recipe.data, fields, "test")
+    more = recipe.data.unlabelled
+    unlabelled = [] if more is None else rows(more, recipe.data, fields, "unlabelled")
     b = recipe.backbone
     backbone = load(b.name, kind=b.kind, device=b.device, dtype=b.dtype, attention=b.attention, revision=b.revision)
     deltas = deltas_for(backbone) if recipe.deltas is None else recipe.deltas
@@ -140,6 +145,7 @@ def _run(recipe: Recipe, resume: bool) -> SeedsResult | GridResult:
             together=together,
             out=out,
             resume=resume,
+            unlabelled=unlabelled,
         )
     task, deal = task_for(recipe.task, backbone, labels_of(train)), Deal(recipe, train, dev)
     _told(recipe, [task], deltas, backbone.kind)
@@ -152,6 +158,7 @@ def _run(recipe: Recipe, resume: bool) -> SeedsResult | GridResult:
         together=together,
         out=out,
         resume=resume,
+        unlabelled=unlabelled,
     )
 
 

@@ -34,6 +34,15 @@ Dev = Annotated[
     str | None, _option("--dev", help="Rows to choose the best by, and to stop early by.", panel=DATA, metavar="FILE")
 ]
 Test = Annotated[str | None, _option("--test", help="Rows to measure the result on.", panel=DATA, metavar="FILE")]
+Unlabelled = Annotated[
+    str | None,
+    _option(
+        "--unlabelled",
+        help="Further texts, whose labels are not read, to refine words and to calibrate by.",
+        panel=DATA,
+        metavar="FILE",
+    ),
+]
 Text = Annotated[
     str | None, _option("--text", help="The column of the field {text}; default: text.", panel=DATA, metavar="COL")
 ]
@@ -70,6 +79,15 @@ Describe = Annotated[
 VerbalizerOption = Annotated[
     str | None,
     _option("--verbalizer", help="Such as prototypes:scale=10.", panel=TASK, metavar="KIND[:OPTION=VALUE,…]"),
+]
+CalibrationOption = Annotated[
+    str | None,
+    _option(
+        "--calibration",
+        help="Takes away what the model would answer anyway: contextual, contextualised, batch, domain_pmi:domain=….",
+        panel=TASK,
+        metavar="KIND[:OPTION=VALUE,…]",
+    ),
 ]
 MaxLength = Annotated[int | None, _option("--max-length", help="Tokens of a text at most.", panel=TASK, metavar="N")]
 

@@ -45,6 +45,7 @@ class TaskTable:
     labels: Labels | None = None
     verbalizer: Mapping[str, Any] | None = None
     max_length: int | None = None
+    calibration: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class DataTable:
     train: str | None = None
     dev: str | None = None
     test: str | None = None
+    unlabelled: str | None = None
     text: str | None = None
     label: str = "label"
     fields: Mapping[str, str] = field(default_factory=dict)

@@ -8,10 +8,12 @@ from typing import Any
 
 from deltaprompt import registry
 from deltaprompt.backbone import Backbone, Kind
+from deltaprompt.calibrations._base import Calibration
 from deltaprompt.cli.recipe import TaskTable
 from deltaprompt.deltas._base import Delta
 from deltaprompt.deltas.lora import LoRA
 from deltaprompt.model import Task
+from deltaprompt.templates import parse
 from deltaprompt.verbalizers._base import Verbalizer
 from deltaprompt.verbalizers.prototypes import Prototypes
 
@@ -32,7 +34,10 @@ def deltas_for(backbone: Backbone) -> tuple[Delta, ...]:
 def task_for(table: TaskTable, backbone: Backbone, labels: Sequence[str]) -> Task:
     """The task of a recipe's table; `labels` are those of the data."""
     template = table.template or TEMPLATES[backbone.kind]
-    task = Task(template, table.labels or tuple(labels), max_length=table.max_length)
+    calibration: Calibration | None = None
+    if table.calibration is not None:
+        calibration = registry.from_description("calibrations", table.calibration)
+    task = Task(template, table.labels or tuple(labels), max_length=table.max_length, calibration=calibration)
     return dataclasses.replace(task, verbalizer=_verbalizer(table, task, backbone))
 
 
@@ -50,6 +55,8 @@ def _verbalizer(table: TaskTable, task: Task, backbone: Backbone) -> Verbalizer:
         "words": task.words(),
         "descriptions": {label: ", ".join(words) for label, words in task.words().items()},
     }
+    if backbone.kind == "encoder" or parse(task.template).masks > 1:
+        del stands["words"]
     told = {name: value for name, value in stands.items() if name in known and not mute}
     made: Verbalizer = registry.from_description("verbalizers", {"kind": "prototypes", **told, **options})
     return made

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,17 +29,17 @@ class Lone(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Batch, adaptation: Index = None) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, adaptation: Index = None, sizes: Sequence[int] | None = None) -> dict[str, Tensor]:
         """As the model's."""
-        return self.model(batch, adaptation)
+        return self.model(batch, adaptation) if sizes is None else self.model(batch, adaptation, sizes)
 
 
-def accelerator_for(model: Model, precision: Precision) -> Any:
-    """An accelerator on the model's device (of several processes, each on its own)."""
+def accelerator_for(device: torch.device, precision: Precision) -> Any:
+    """An accelerator on a model's device (of several processes, each on its own)."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    on_cpu = model.device.type == "cpu"
+    on_cpu = device.type == "cpu"
     if on_cpu and precision == "fp16":
         raise ConfigError("precision = 'fp16' needs a GPU and the model is on the CPU; possible here: no, bf16")
     with _without_its_fsdp():

@@ -63,8 +63,10 @@ class Course:
         accelerator.register_for_checkpointing(self.state)
 
     def start(self) -> None:
-        """A verbalizer that starts from examples is given its start; that is the best so far."""
-        self.model.start(self.plan.train, self.slot, self.training.batch_size)
+        """A verbalizer is given its start and a calibration is measured; that is the best so far."""
+        plan, rows = self.plan, self.training.batch_size
+        self.model.start(plan.train, self.slot, rows, plan.unlabelled)
+        self.model.calibrate(plan.unlabelled or plan.train, self.slot, rows)
         self.state.keep()
 
     # A step

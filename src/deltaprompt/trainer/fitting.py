@@ -61,6 +61,7 @@ def fit(
     resume: bool = False,
     progress: Progress | None = None,
     what: str = "fit",
+    unlabelled: Sequence[Example] = (),
 ) -> Run:
     """Trains a model's deltas and verbalizer in place; it is then as it was where dev was best (without dev: last).
 
@@ -75,6 +76,8 @@ def fit(
             beginning where there is none, and returns at once where it is finished.
         progress: a bar on a terminal where not given.
         what: what the bar calls this run.
+        unlabelled: texts of the task, for a verbalizer's start and a calibration that need no labels; where there are
+            none, the training examples serve.
 
     Raises:
         ConfigError: nothing trains, or a run to resume had other settings or data.
@@ -85,7 +88,9 @@ def fit(
             f"fit trains one adaptation, and this model has {model.adapted.slots}; make it with one seed, or train "
             "them with fit_many"
         )
-    seat = seat_of(model, 0, Plan(train, dev, training, seed), None if out is None else Path(out))
+    seat = seat_of(
+        model, 0, Plan(train, dev, training, seed, unlabelled=unlabelled), None if out is None else Path(out)
+    )
     before = finished_at(seat) if resume else None
     if before is not None:
         fill(model, before[1])

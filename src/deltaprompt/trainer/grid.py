@@ -113,6 +113,7 @@ def fit_grid(
     out: str | Path | None = None,
     resume: bool = False,
     progress: Progress | None = None,
+    unlabelled: Sequence[Example] = (),
 ) -> GridResult:
     """Trains an adaptation of every cell and seed, measures each on test, and names the cell that is best on dev.
 
@@ -125,6 +126,7 @@ def fit_grid(
         together: adaptations in one pass through the backbone at most; each ends as it would alone.
         out: a folder; each adaptation is kept in `out/<cell>_seed-<seed>`, the result in `out/grid.json`.
         resume: what is finished is not trained again; what was broken off goes on.
+        unlabelled: texts of the task, as `fit` takes them; the same for all.
 
     Raises:
         TrainingError: no cell came to its end, or there is not enough memory. One that failed alone is told in its
@@ -133,7 +135,9 @@ def fit_grid(
     each_once(seeds)
     _own_names(cells)
     out, dealt = None if out is None else Path(out), cache(_dealt)
-    plans = [Plan(*dealt(c.sets, seed), c.training, seed, _called(c, seed)) for c in cells for seed in seeds]
+    plans = [
+        Plan(*dealt(c.sets, seed), c.training, seed, _called(c, seed), unlabelled) for c in cells for seed in seeds
+    ]
     runs, scores = tested(
         make_model([cell.task for cell in cells for _ in seeds], [plan.seed for plan in plans]),
         lambda model: train_many(model, plans, together=together, out=out, resume=resume, progress=progress),

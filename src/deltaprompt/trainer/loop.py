@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from deltaprompt.errors import TrainingError
 from deltaprompt.features import Encoded
@@ -27,6 +26,7 @@ from deltaprompt.trainer.progress import Progress
 from deltaprompt.trainer.run import Metrics, Run
 from deltaprompt.trainer.streams import Shares, Streams
 from deltaprompt.types import Batch
+from deltaprompt.verbalizers._base import Trained
 
 
 class Loop:
@@ -42,10 +42,11 @@ class Loop:
         self.courses = courses
         self.several = len(courses) > 1
         self.draws = any(vars(delta).get("dropout") for delta in model.adapted.deltas)
+        self.whole = any(isinstance(model.reader(c.slot).verbalizer, Trained) for c in courses)  # rows share a loss
         self.training = courses[0].training  # whose precision is that of all
         self.checkpoints = checkpoints
         self.shown = shown
-        self.accelerator = accelerator_for(model, self.training.precision)
+        self.accelerator = accelerator_for(model.device, self.training.precision)
         self.module = prepared(self.accelerator, model)
         self.main = self.accelerator.is_main_process
 
@@ -157,7 +158,7 @@ class Loop:
             return passes
         sorts = [self._sort(course) for course in running]
         passes = [part for whole in passes for part in apart(whole, sorts)]
-        if self.draws:
+        if self.draws or self.whole:
             return passes
         device = self.accelerator.device.type
         cost, most = cost_of(self.model.backbone.width, device), MOST.get(device, MOST["cuda"])
@@ -189,10 +190,7 @@ class Loop:
             return [self.module(batch, running[0].slot)["loss"]]
         sizes = [len(rows) for _, rows, _ in picked]
         slots = torch.tensor([running[course].slot for course, _, _ in picked]).repeat_interleave(torch.tensor(sizes))
-        logits = self.module(batch, slots.to(self.model.device))["logits"]
-        assert batch.labels is not None
-        own = zip(logits.float().split(sizes), batch.labels.split(sizes), strict=True)
-        return [cross_entropy(scores, labels) for scores, labels in own]
+        return list(self.module(batch, slots.to(self.model.device), sizes)["losses"].unbind())
 
     def _collated(self, rows: Sequence[Encoded]) -> Batch:
         return self.model.features.collate(rows).to(self.model.device)

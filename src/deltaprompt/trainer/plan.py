@@ -18,6 +18,8 @@ class Plan:
         dev: labelled examples to choose by: the best accuracy, and of equal ones the lowest loss.
         training: how.
         seed: of the order of rows and of dropout. The same seed gives the same numbers, bitwise on a CPU.
+        unlabelled: texts of the task, for a verbalizer's start and a calibration that need no labels; where there are
+            none, the training examples serve.
         name: of the folder that keeps it, where several are trained; `seed-<seed>` where not given.
     """
 
@@ -26,6 +28,7 @@ class Plan:
     training: Training = Training()  # noqa: RUF009  frozen
     seed: int = 0
     name: str = ""
+    unlabelled: Sequence[Example] = ()
 
     @property
     def called(self) -> str:

@@ -73,6 +73,7 @@ def fit_seeds(
     out: str | Path | None = None,
     resume: bool = False,
     progress: Progress | None = None,
+    unlabelled: Sequence[Example] = (),
 ) -> SeedsResult:
     """Trains an adaptation of every seed, measures each on test, and names the one that is best on dev.
 
@@ -85,6 +86,7 @@ def fit_seeds(
         together: seeds in one pass through the backbone at most; each ends as it would alone.
         out: a folder: of one seed the adaptation itself, of several `out/seed-<seed>` each.
         resume: seeds that are finished are not trained again; what was broken off goes on.
+        unlabelled: texts of the task, as `fit` takes them.
 
     Raises:
         TrainingError: no seed came to its end, or there is not enough memory. One that failed alone is told in the
@@ -92,13 +94,24 @@ def fit_seeds(
     """
     each_once(seeds)
     out, alone = None if out is None else Path(out), len(seeds) == 1
-    plans = [Plan(*train_of(seed), training, seed) for seed in seeds]
+    plans = [Plan(*train_of(seed), training, seed, unlabelled=unlabelled) for seed in seeds]
 
     def train(model: Model) -> list[Run]:
         if not alone:
             return train_many(model, plans, together=together, out=out, resume=resume, progress=progress)
         p = plans[0]
-        return [fit(model, p.train, p.dev, training=training, seed=p.seed, out=out, resume=resume, progress=progress)]
+        run = fit(
+            model,
+            p.train,
+            p.dev,
+            training=training,
+            seed=p.seed,
+            out=out,
+            resume=resume,
+            progress=progress,
+            unlabelled=unlabelled,
+        )
+        return [run]
 
     folders = [] if out is None else [out] if alone else [out / plan.called for plan in plans]
     runs, scores = tested(make_model(seeds), train, folders, test)

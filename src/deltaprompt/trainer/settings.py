@@ -43,6 +43,7 @@ def settings_of(model: Model, slot: int, plan: Plan) -> dict[str, Any]:
         "deltas": repr(model.chosen),
         "train": _told(plan.train),
         "dev": _told(plan.dev or []),
+        **({"unlabelled": _told(plan.unlabelled)} if plan.unlabelled else {}),
     }
 
 
