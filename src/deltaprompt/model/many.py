@@ -28,19 +28,14 @@ from deltaprompt.model.group import Group, sort_of
 from deltaprompt.model.model import answer, example_of, read
 from deltaprompt.model.reader import Reading, Scorer, of_rows, placed
 from deltaprompt.model.saved import asked_of, check, identity, not_made
+from deltaprompt.model.showing import restored
 from deltaprompt.model.starting import unlabelled_of
 from deltaprompt.model.task import Task
 from deltaprompt.templates import parse
 from deltaprompt.types import Example
 
-ASKED = (
-    "template",
-    "labels",
-    "verbalizer",
-    "calibration",
-    "max_length",
-    "deltas",
-)  # of a record: what its tensors are for
+# what tensors are for, of a record
+ASKED = ("template", "labels", "verbalizer", "calibration", "max_length", "deltas", "demonstrations")
 VERBALIZER, DELTA = "verbalizer.", "delta."  # what the stored names of tensors begin with
 
 OTHERS = (
@@ -306,6 +301,8 @@ class Asked:
         """What a record asks for on a backbone."""
         task, deltas = asked_of(record)
         reading = Reading.of(backbone, task, deltas)
+        features = restored(backbone, reading.features, reading.verbalizer, record)
+        reading = replace(reading, features=features)
         every = [plain(delta) for delta in placed(deltas, reading.features)]  # which is what is saved
         return cls(reading, every, sort_of(every))
 

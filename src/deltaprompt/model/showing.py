@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from deltaprompt.backbone.fused import at_rest
 from deltaprompt.compose import patches_on
 from deltaprompt.errors import ConfigError
 from deltaprompt.features import Features
-from deltaprompt.features.demonstrations import Demonstrations, drawn
+from deltaprompt.features.demonstrations import Demonstrations, drawn, from_json
 from deltaprompt.model.starting import at_once
 from deltaprompt.model.task import Task
 from deltaprompt.templates import Demos, Field, Literal, Template, parse
@@ -65,6 +65,12 @@ def showing(backbone: Backbone, features: Features, verbalizer: Verbalizer, rows
     words = {label: words_of(verbalizer, label, features.template.masks) for label in features.labels}
     states = MeanStates(backbone, _plain(features)) if asked.by == "nearest" else None
     return replace(features, demonstrations=Demonstrations(asked, fields, words, tuple(rows), states)).checked()
+
+
+def restored(backbone: Backbone, features: Features, verbalizer: Verbalizer, record: Mapping[str, Any]) -> Features:
+    """The features with the demonstrations of a saved record; as they are where it has none."""
+    rows = record.get("demonstrations")
+    return features if rows is None else showing(backbone, features, verbalizer, from_json(rows))
 
 
 def words_of(verbalizer: Verbalizer, label: str, masks: int) -> tuple[str, ...]:
