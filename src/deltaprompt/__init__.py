@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from deltaprompt.model import Model, Task, adapt
     from deltaprompt.model.many import Many, open_many
     from deltaprompt.model.saved import open_ as open
+    from deltaprompt.templates import Template
     from deltaprompt.trainer import Plan, Run, Training, fit, fit_many
     from deltaprompt.types import Example
     from deltaprompt.verbalizers.label_descriptions import LabelDescriptions
@@ -51,6 +52,7 @@ __all__ = [
     "SoftPrompt",
     "SoftVerbalizer",
     "Task",
+    "Template",
     "Training",
     "__version__",
     "adapt",
@@ -79,6 +81,7 @@ _WHERE = {
     "Run": "trainer",
     "SoftVerbalizer": "verbalizers.soft",
     "Task": "model",
+    "Template": "templates",
     "Training": "trainer",
     "adapt": "model",
     "few_shot": "data",

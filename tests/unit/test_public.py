@@ -45,6 +45,7 @@ def test_the_public_names():
         "SoftPrompt",
         "SoftVerbalizer",
         "Task",
+        "Template",
         "Training",
         "__version__",
         "adapt",

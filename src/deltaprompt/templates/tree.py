@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
+from pathlib import Path
 
 from deltaprompt.errors import TemplateError
-from deltaprompt.templates.pieces import Demos, Field, Literal, Mask, Piece, Prefix, Role, RoleName, Soft
+from deltaprompt.templates.pieces import Demos, Encoder, Field, Literal, Mask, Piece, Prefix, Role, RoleName, Soft
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,26 @@ class Template:
     def is_chat(self) -> bool:
         """Whether the pieces are turns of a chat."""
         return any(isinstance(piece, Role) for piece in self.pieces)
+
+    @staticmethod
+    def from_openprompt(text: str, encoder: Encoder | None = None) -> Template:
+        """The template that a text in OpenPrompt's language means; no code in it is run.
+
+        Args:
+            text: of one template, as `{"placeholder": "text_a"} It was {"mask"}.`.
+            encoder: the network that computes its soft tokens: "lstm" where the text is of OpenPrompt's P-tuning
+                templates, "mlp" where of its PTR templates.
+        """
+        from deltaprompt.templates.openprompt import read
+
+        return read(text, encoder)
+
+    @staticmethod
+    def all_from_openprompt(path: str | Path, encoder: Encoder | None = None) -> tuple[Template, ...]:
+        """The templates of a file of OpenPrompt's, one a line; see `from_openprompt`."""
+        from deltaprompt.templates.openprompt import read_all
+
+        return read_all(path, encoder)
 
     def turns(self) -> tuple[Turn, ...]:
         """The turns of a chat, without the white space around each; none when there is no role."""
