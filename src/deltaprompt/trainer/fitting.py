@@ -27,6 +27,7 @@ from deltaprompt.trainer.progress import Progress, usual
 from deltaprompt.trainer.run import Run
 from deltaprompt.trainer.settings import check, settings_of
 from deltaprompt.trainer.training import Training
+from deltaprompt.trainer.untrained import given, prepare
 from deltaprompt.types import Example
 
 
@@ -65,8 +66,12 @@ def fit(
 ) -> Run:
     """Trains a model's deltas and verbalizer in place; it is then as it was where dev was best (without dev: last).
 
+    Where nothing trains it takes what it needs of the examples (demonstrations, a start, a calibration) and is measured
+    on dev.
+
     Args:
-        model: of one adaptation. A verbalizer that starts from examples is given its start first.
+        model: of one adaptation. A verbalizer that starts from examples is given its start first, and a template that
+            shows demonstrations the training rows, where it has none.
         train: labelled examples.
         dev: labelled examples to choose by: the best accuracy, and of equal ones the lowest loss.
         training: how.
@@ -80,7 +85,7 @@ def fit(
             none, the training examples serve.
 
     Raises:
-        ConfigError: nothing trains, or a run to resume had other settings or data.
+        ConfigError: nothing trains or takes examples, or a run to resume had other settings or data.
         TrainingError: a non-finite loss, or not enough memory. The best so far is in the model, and in `out`.
     """
     if model.adapted.slots != 1:
@@ -95,6 +100,8 @@ def fit(
     if before is not None:
         fill(model, before[1])
         return before[0]
+    if model.parameter_count() == 0:
+        return given(model, seat.plan, 0, seat.kept)
     (run,) = trained(model, [seat], seat.checkpoints, resume, progress, what)
     if run.failed:
         raise TrainingError(run.failed)
@@ -103,8 +110,9 @@ def fit(
 
 
 def seat_of(model: Model, slot: int, plan: Plan, folder: Path | None) -> Seat:
-    """A seat, its plan checked."""
+    """A seat, its plan checked, the slot given what its template shows."""
     check(model, slot, plan)
+    prepare(model, plan, slot)
     return Seat(slot, plan, folder, {} if folder is None else settings_of(model, slot, plan))
 
 

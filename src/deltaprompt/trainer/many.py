@@ -19,6 +19,7 @@ from deltaprompt.trainer.fitting import Seat, finished_at, seat_of, trained
 from deltaprompt.trainer.plan import Plan
 from deltaprompt.trainer.progress import Progress
 from deltaprompt.trainer.run import Run
+from deltaprompt.trainer.untrained import given
 
 TOGETHER = 8  # adaptations in one pass, where not given
 NAMES = "together"  # the setting of a joint run that names its adaptations
@@ -76,6 +77,9 @@ def train_many(
     found = {seat.slot: before for seat in seats if (before := _before(seat, begun, resume)) is not None}
     runs = {slot: run for slot, (run, _) in found.items()}
     waiting = [seat for seat in seats if seat.slot not in found]
+    for seat in [seat for seat in waiting if model.parameter_count(seat.slot) == 0]:
+        runs[seat.slot] = given(model, seat.plan, seat.slot, seat.kept)
+        waiting.remove(seat)
     reason = obstacle(plans)
     for group in _groups(waiting, begun, 1 if reason else together):
         runs |= _group(model, group, common, resume, progress, reason)

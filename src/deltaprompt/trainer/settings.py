@@ -12,6 +12,7 @@ from typing import Any
 from deltaprompt.errors import ConfigError
 from deltaprompt.model import Model
 from deltaprompt.trainer.plan import Plan
+from deltaprompt.trainer.untrained import takes_examples
 from deltaprompt.types import Example
 
 FREE = ("checkpoint_every", "checkpointing", "keep")  # options that change no number (the last: up to rounding)
@@ -20,8 +21,11 @@ Examples = Sequence[Example]
 
 def check(model: Model, slot: int, plan: Plan) -> None:
     """Raises where there is nothing to train, or nothing to train on."""
-    if model.parameter_count(slot) == 0:
-        raise ConfigError("nothing in this model trains: add a delta (lora, …) or a verbalizer that learns (soft)")
+    if model.parameter_count(slot) == 0 and not takes_examples(model, slot):
+        raise ConfigError(
+            "nothing in this model trains: add a delta (lora, …) or a verbalizer that learns (soft); or let it take "
+            "examples without training, as demonstrations ({demos:4} in the template) or for a calibration"
+        )
     if not plan.train:
         raise ConfigError("there are no examples to train on")
     if plan.dev is not None and not plan.dev:
@@ -34,6 +38,7 @@ def check(model: Model, slot: int, plan: Plan) -> None:
 
 def settings_of(model: Model, slot: int, plan: Plan) -> dict[str, Any]:
     """By name, as JSON."""
+    shown = model.reader(slot).features.demonstrations
     chosen = {name: value for name, value in asdict(plan.training).items() if name not in FREE}
     return {
         **{name: str(value) if value == math.inf else value for name, value in chosen.items()},
@@ -44,6 +49,7 @@ def settings_of(model: Model, slot: int, plan: Plan) -> dict[str, Any]:
         "train": _told(plan.train),
         "dev": _told(plan.dev or []),
         **({"unlabelled": _told(plan.unlabelled)} if plan.unlabelled else {}),
+        **({"demonstrations": _told(shown.rows)} if shown is not None else {}),
     }
 
 
