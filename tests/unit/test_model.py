@@ -164,7 +164,7 @@ def test_descriptions_answer_at_once():
 
 def test_prototypes_without_a_start_are_an_error_and_not_a_guess():
     made = model("bert-encoder", Task("{text}", ["a", "b"], Prototypes()))
-    with pytest.raises(ConfigError, match=r"the prototypes have no start yet; give model.start\(examples\)"):
+    with pytest.raises(ConfigError, match=r"the verbalizer Prototypes has no start yet; give model.start\(examples\)"):
         made.predict(["good"])
     made.start([Example({"text": "good"}, "a"), Example({"text": "bad film"}, "b")])
     assert [p["label"] for p in made.predict(["good", "bad film"])] == ["a", "b"]
