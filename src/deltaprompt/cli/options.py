@@ -172,6 +172,9 @@ RecipeFile = Annotated[
         help="A recipe, TOML; options override it. Paths in it are relative to where you are.", metavar="[RECIPE.toml]"
     ),
 ]
+PretrainFile = Annotated[
+    Path, typer.Argument(help="A recipe, TOML. Paths in it are relative to where you are.", metavar="RECIPE.toml")
+]
 Folder = Annotated[Path, typer.Argument(help="The folder of a saved adaptation.", metavar="FOLDER")]
 EachBatch = Annotated[int, typer.Option("--batch-size", help="Rows at once.", min=1, metavar="N")]
 OtherBackbone = Annotated[

@@ -124,19 +124,19 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def build(given: Mapping[str, Any]) -> Recipe:
     """The recipe of nested tables; an unknown key is an error that names the nearest known one and its table."""
-    _known(given, (*TABLES, *TOP), "")
+    check_keys(given, (*TABLES, *TOP), "")
     _check_grid(given)
-    tables: dict[str, Any] = {name: _table(cls, given.get(name, {}), f"[{name}]") for name, cls in TABLES.items()}
+    tables: dict[str, Any] = {name: table_of(cls, given.get(name, {}), f"[{name}]") for name, cls in TABLES.items()}
     deltas = given.get("deltas")
-    shots = None if given.get("shots") is None else _value(int, given["shots"], "shots")
-    out = None if given.get("out") is None else _value(str, given["out"], "out")
+    shots = None if given.get("shots") is None else value_of(int, given["shots"], "shots")
+    out = None if given.get("out") is None else value_of(str, given["out"], "out")
     return Recipe(
         **tables,
         deltas=None
         if deltas is None
-        else tuple(_delta(d, n) for n, d in enumerate(_value(list[Any], deltas, "deltas"), 1)),
+        else tuple(_delta(d, n) for n, d in enumerate(value_of(list[Any], deltas, "deltas"), 1)),
         seeds=seeds_of(given.get("seeds", 0)),
-        together=_value(int, given.get("together", TOGETHER), "together"),
+        together=value_of(int, given.get("together", TOGETHER), "together"),
         shots=shots,
         out=out,
     )
@@ -175,7 +175,7 @@ def seeds_of(given: object) -> tuple[int, ...]:
     if isinstance(given, int) and not isinstance(given, bool):
         return (given,)
     if isinstance(given, list):
-        return _value(tuple[int, ...], given, "seeds")
+        return value_of(tuple[int, ...], given, "seeds")
     found: list[int] = []
     for piece in str(given).split(","):
         first, dash, last = piece.strip().partition("-")
@@ -246,7 +246,8 @@ def _parsed(path: Path, what: str, toml: bool) -> dict[str, Any]:
     return found
 
 
-def _known(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+def check_keys(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    """An error for a key that is not known; `where` is its table."""
     for key in given:
         if key not in known:
             raise ConfigError(f"unknown key {key!r}{f' in {where}' if where else ' in the recipe'}{_hint(key, known)}")
@@ -265,7 +266,7 @@ def _check_grid(given: Mapping[str, Any]) -> None:
     grid = given.get("grid", {})
     if not isinstance(grid, Mapping):
         return
-    _known(grid, tuple(HOMES), "[grid]")
+    check_keys(grid, tuple(HOMES), "[grid]")
     for axis, values in grid.items():
         if not isinstance(values, list):
             raise ConfigError(f"[grid] {axis} is a list of what is tried; got {values!r:.60}; write {axis} = […]")
@@ -289,11 +290,12 @@ def _leaving(tables: Mapping[str, Any], axes: Iterable[str]) -> dict[str, Any]:
     }
 
 
-def _table(cls: type[T], given: object, where: str) -> T:
+def table_of(cls: type[T], given: object, where: str) -> T:
+    """A table as the dataclass that it stands for."""
     if not isinstance(given, Mapping):
         raise ConfigError(f"{where} is a table of names and values; got {given!r:.60}")
-    _known(given, [f.name for f in dataclasses.fields(cls)], where)  # type: ignore[arg-type]
-    return _value(cls, given, where)
+    check_keys(given, [f.name for f in dataclasses.fields(cls)], where)  # type: ignore[arg-type]
+    return value_of(cls, given, where)
 
 
 def _delta(given: object, number: int) -> Delta:
@@ -305,7 +307,8 @@ def _delta(given: object, number: int) -> Delta:
     return made
 
 
-def _value(cls: Any, given: object, where: str) -> Any:
+def value_of(cls: Any, given: object, where: str) -> Any:
+    """A value of that type."""
     try:
         return TypeAdapter(cls).validate_python(given)
     except ValidationError as error:
