@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from deltaprompt.data import shipped
+from deltaprompt.data.label_words import read_label_words
 from deltaprompt.data.readers import labels_of, read, read_texts
 from deltaprompt.data.samplers import few_shot, split
 
-__all__ = ["few_shot", "labels_of", "read", "read_texts", "shipped", "split"]
+__all__ = ["few_shot", "labels_of", "read", "read_label_words", "read_texts", "shipped", "split"]

@@ -181,11 +181,11 @@ def _object_row(at: str, value: object) -> Row:
 def _row(at: str, values: Mapping[str, object]) -> Row:
     """A row; what an object in it holds goes by its dotted name: `{"meta": {"word": "a"}}` -> `{"meta.word": "a"}`."""
     flat: dict[str, object] = {}
-    left = [*reversed(values.items())]
+    left = list(values.items())[::-1]
     while left:
         name, value = left.pop()
         if isinstance(value, dict):
-            left.extend((f"{name}.{inner}", v) for inner, v in reversed(value.items()))
+            left.extend((f"{name}.{inner}", v) for inner, v in list(value.items())[::-1])
         elif name in flat:
             raise DataError(f"{at}: {name!r} stands twice, also in an object within the row; rename one of them")
         else:
@@ -255,7 +255,7 @@ def _extra(module: str, extra: str) -> ModuleType:
     try:
         return import_module(module)
     except ImportError as error:
-        raise ConfigError(f'this data needs {module} ({error}); pip install "deltaprompt[{extra}]"') from error
+        raise ConfigError(f'this needs {module} ({error}); pip install "deltaprompt[{extra}]"') from error
 
 
 _FORMATS: Mapping[str, Callable[[Path], Rows]] = {
