@@ -207,7 +207,7 @@ def _plain_rows(name: str, lines: Iterable[tuple[int, str]]) -> Rows:
 
 def _parquet_rows(path: Path) -> Rows:
     """The rows of a Parquet file, a batch at a time."""
-    arrow, parquet, number = _extra("pyarrow", "data"), _extra("pyarrow.parquet", "data"), 0
+    arrow, parquet, number = optional("pyarrow", "data"), optional("pyarrow.parquet", "data"), 0
     try:
         for batch in parquet.ParquetFile(path).iter_batches():
             for values in batch.to_pylist():
@@ -221,7 +221,7 @@ def _hub_rows(source: str, split: str | None) -> Rows:
     """The rows of one split of a dataset on the Hub, class numbers turned into class names."""
     if split is None:
         raise ConfigError(f"{source!r} needs a split; pass for example split='train'")
-    datasets = _extra("datasets", "datasets")
+    datasets = optional("datasets", "datasets")
     data = _loaded(datasets, source, split)
     names = {c: f.names for c, f in data.features.items() if isinstance(f, datasets.ClassLabel)}
     return (
@@ -250,7 +250,7 @@ def _named(names: Sequence[str] | None, value: object) -> object:
     return names[value] if 0 <= value < len(names) else None
 
 
-def _extra(module: str, extra: str) -> ModuleType:
+def optional(module: str, extra: str) -> ModuleType:
     """A module that an extra of the package brings, imported only now."""
     try:
         return import_module(module)

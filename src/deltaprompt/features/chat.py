@@ -31,9 +31,9 @@ def chat_pieces(tokenizer: PreTrainedTokenizerFast, template: Template, raw: Cal
         )
     if turns[-1].role == "assistant":
         texts[-1] = ""
-    pieces: list[Raw] = list(_split(tokenizer, texts[0]))
+    pieces: list[Raw] = list(split_specials(tokenizer, texts[0]))
     for turn, text in zip(turns, texts[2::2], strict=True):
-        pieces.extend([*map(raw, turn.pieces), *_split(tokenizer, text)])
+        pieces.extend([*map(raw, turn.pieces), *split_specials(tokenizer, text)])
     return pieces
 
 
@@ -54,7 +54,7 @@ def _rendered(tokenizer: PreTrainedTokenizerFast, template: Template) -> str:
     return text
 
 
-def _split(tokenizer: PreTrainedTokenizerFast, text: str) -> Iterator[Literal | Fixed]:
+def split_specials(tokenizer: PreTrainedTokenizerFast, text: str) -> Iterator[Literal | Fixed]:
     """Text between special tokens as literals, each special token as its id."""
     specials = {t.content: (i, t) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     names = "|".join(map(re.escape, sorted(specials, key=len, reverse=True)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_of
@@ -21,7 +22,10 @@ from deltaprompt.backbone.load import DEMO
 from deltaprompt.compose import plain
 from deltaprompt.deltas._base import Delta
 from deltaprompt.errors import BackboneError, ConfigError, DeltaPromptError, StoreError
+from deltaprompt.model.generation import Chat, Generation
+from deltaprompt.model.generator import Generator, Trainable
 from deltaprompt.model.model import Model
+from deltaprompt.model.showing import restored
 from deltaprompt.model.task import Task
 from deltaprompt.registry import describe as described
 from deltaprompt.registry import from_description
@@ -37,6 +41,7 @@ PROBES = (  # what normalizers, splitters and post-processors differ in: case, a
     "电影很好看。 映画 영화 фильм सिनेमा فيلم 🙂🎬",
     "one\ntwo\n\n  three…   four — five",
 )
+GENERATIONS: dict[str, type[Generation | Chat]] = {"generation": Generation, "chat": Chat}  # as a record calls them
 ROLES = ("mask_token", "bos_token", "eos_token", "cls_token", "sep_token", "unk_token")  # padding changes no score
 ADVICE = {  # what tells a backbone, the most telling first: how to mend a difference
     "model_type": "give the backbone it was made for, or train again on this one",
@@ -50,7 +55,7 @@ ADVICE = {  # what tells a backbone, the most telling first: how to mend a diffe
 
 
 def save(
-    model: Model,
+    model: Trainable,
     folder: str | Path,
     slot: int = 0,
     training: Mapping[str, Any] | None = None,
@@ -67,18 +72,14 @@ def save(
     Raises:
         StoreError: the folder cannot be written, or the record has what JSON cannot hold.
     """
-    kept, reader = tensors(model, slot), model.reader(slot)
-    calibration = reader.task.calibration
+    kept = tensors(model, slot)
+    told = _told_of(model.generation) if isinstance(model, Generator) else _task_told(model, slot)
     record = {
         "deltaprompt": version(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "backbone": identity(model.backbone, reader.task.template),
-        "template": reader.task.template,
-        "labels": reader.task.names,
-        "verbalizer": described("verbalizers", reader.verbalizer),
-        "calibration": None if calibration is None else described("calibrations", calibration),
+        "backbone": identity(model.backbone, told["template"]),
+        **told,
         "deltas": [described("deltas", plain(delta)) for delta in model.chosen],
-        "max_length": reader.features.max_length,
         "parameters": sum(tensor.numel() for tensor in kept.values()),
         "training": training,
         "metrics": metrics,
@@ -92,8 +93,8 @@ def open_(
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
-) -> Model:
-    """The model that was saved in a folder; `deltaprompt.open`.
+) -> Trainable:
+    """The model or generator that was saved in a folder; `deltaprompt.open`.
 
     Args:
         backbone: the one it was made for, where it is at hand; loaded by its stored name where not given.
@@ -124,7 +125,7 @@ def describe(folder: str | Path) -> dict[str, Any]:
     return store.describe(folder)
 
 
-def tensors(model: Model, slot: int = 0) -> dict[str, Tensor]:
+def tensors(model: Trainable, slot: int = 0) -> dict[str, Tensor]:
     """What is kept of one slot, by stored name; of a reparametrised delta what it computes."""
     if not 0 <= slot < model.adapted.slots:
         raise ConfigError(f"there is no slot {slot}; this model has the slots 0 to {model.adapted.slots - 1}")
@@ -132,7 +133,7 @@ def tensors(model: Model, slot: int = 0) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def fill(model: Model, saved: Mapping[str, Tensor], slot: int = 0) -> None:
+def fill(model: Trainable, saved: Mapping[str, Tensor], slot: int = 0) -> None:
     """Writes tensors, which must be exactly the model's, into one slot; nothing is written where one does not fit.
 
     Reparametrised deltas become the plain ones that are saved.
@@ -237,17 +238,46 @@ def _told(backbone: Mapping[str, Any]) -> str:
     return f"{name} (fingerprint {backbone['fingerprint']})"
 
 
-def _rebuilt(record: Mapping[str, Any], backbone: Backbone, folder: str | Path) -> Model:
+def _task_told(model: Model, slot: int) -> dict[str, Any]:
+    """What a record has of a slot's task."""
+    reader = model.reader(slot)
+    calibration, shown = reader.task.calibration, reader.features.demonstrations
+    return {
+        "template": reader.task.template,
+        "labels": reader.task.names,
+        "verbalizer": described("verbalizers", reader.verbalizer),
+        "calibration": None if calibration is None else described("calibrations", calibration),
+        "demonstrations": None if shown is None else shown.as_json(),
+        "max_length": reader.features.max_length,
+    }
+
+
+def _told_of(generation: Generation | Chat) -> dict[str, Any]:
+    """What a record has of a generation."""
+    kind = next(name for name, sort in GENERATIONS.items() if isinstance(generation, sort))
+    return {"template": generation.template, "generation": {"kind": kind, **asdict(generation)}}
+
+
+def _rebuilt(record: Mapping[str, Any], backbone: Backbone, folder: str | Path) -> Trainable:
     """The model of a record, its tensors as at the start of training."""
     try:
+        if "generation" in record:
+            asked = dict(record["generation"])
+            deltas = [from_description("deltas", delta) for delta in record["deltas"]]
+            return Generator(backbone, GENERATIONS[asked.pop("kind")](**asked), deltas)
         task, deltas = asked_of(record)
-        return Model(backbone, task, deltas)
+        model = Model(backbone, task, deltas)
+        reader = model.reader()
+        reader.show(restored(backbone, reader.features, reader.verbalizer, record))
+        return model
     except DeltaPromptError as e:
         raise not_made(record, folder, e) from e
 
 
 def asked_of(record: Mapping[str, Any]) -> tuple[Task, list[Delta]]:
     """The task and the deltas of a record."""
+    if "generation" in record:
+        raise ConfigError("it writes texts and has no labels; open it by itself, with dp.open")
     verbalizer = from_description("verbalizers", record["verbalizer"])
     deltas = [from_description("deltas", delta) for delta in record["deltas"]]
     asked = record.get("calibration")  # records of before there were any have none

@@ -15,7 +15,7 @@ from deltaprompt.backbone.fingerprint import fingerprint
 from deltaprompt.backbone.layers import is_spread, spread
 from deltaprompt.compose import Index
 from deltaprompt.errors import ConfigError
-from deltaprompt.model import Model
+from deltaprompt.model.generator import Trainable
 from deltaprompt.trainer.training import Precision, Training
 from deltaprompt.types import Batch
 
@@ -25,7 +25,7 @@ FSDP = "ACCELERATE_USE_FSDP"  # what `accelerate launch --use_fsdp` sets
 class Lone(nn.Module):
     """The model behind one more module, on which accelerate leaves its marks; the model itself stays as it is."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Trainable) -> None:
         super().__init__()
         self.model = model
 
@@ -53,7 +53,7 @@ def accelerator_for(device: torch.device, precision: Precision) -> Any:
         return accelerator
 
 
-def prepared(accelerator: Any, model: Model) -> Any:
+def prepared(accelerator: Any, model: Trainable) -> Any:
     """The module to train. Of several processes each has the deltas, and all learn the same.
 
     Where FSDP is asked for, the backbone's layers are spread over the processes, and stay so; accelerate's own FSDP
@@ -108,7 +108,7 @@ def optimizer_for(parts: Mapping[str, Tensor], training: Training) -> torch.opti
 
 
 @contextmanager
-def recomputed(model: Model, on: bool) -> Iterator[None]:
+def recomputed(model: Trainable, on: bool) -> Iterator[None]:
     """Within it the backward pass computes the backbone's layers again, where that is asked for."""
     if not on:
         yield

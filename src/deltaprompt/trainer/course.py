@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from deltaprompt.features import Encoded
-from deltaprompt.model import Model
+from deltaprompt.model.generator import Trainable
 from deltaprompt.trainer.accelerated import optimizer_for
 from deltaprompt.trainer.kept import Kept
+from deltaprompt.trainer.objective import objective_of
 from deltaprompt.trainer.order import Order, mixed
 from deltaprompt.trainer.plan import Plan
-from deltaprompt.trainer.run import Run, State
+from deltaprompt.trainer.run import Run, State, headline
 from deltaprompt.types import Example
 
 
@@ -34,7 +35,7 @@ class Course:
 
     def __init__(
         self,
-        model: Model,
+        model: Trainable,
         slot: int,
         plan: Plan,
         kept: Kept | None,
@@ -64,9 +65,7 @@ class Course:
 
     def start(self) -> None:
         """A verbalizer is given its start and a calibration is measured; that is the best so far."""
-        plan, rows = self.plan, self.training.batch_size
-        self.model.start(plan.train, self.slot, rows, plan.unlabelled)
-        self.model.calibrate(plan.unlabelled or plan.train, self.slot, rows)
+        objective_of(self.model).start(self.slot, self.plan)
         self.state.keep()
 
     # A step
@@ -141,7 +140,7 @@ class Course:
         state, place = self.state, "" if self.kept is None else f" and in {self.kept.out}"
         if state.best_step == 0:
             return "nothing was better than the start, which is back in the model"
-        dev = f" (dev accuracy {state.best['accuracy']:.3f})" if state.best else ""
+        dev = f" (dev {headline(state.best)})" if state.best else ""
         return f"the best so far, of step {state.best_step}{dev}, is kept in the model{place}"
 
     def _epochs(self) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deltaprompt.errors import ConfigError, TrainingError
 from deltaprompt.features import Encoded
-from deltaprompt.model import Model
+from deltaprompt.model.generator import Trainable
 from deltaprompt.model.saved import fill
 from deltaprompt.trainer import failures
 from deltaprompt.trainer.accelerated import is_main, recomputed
@@ -21,13 +21,14 @@ from deltaprompt.trainer.course import Course
 from deltaprompt.trainer.frozen import frozen_once
 from deltaprompt.trainer.kept import Kept, finished
 from deltaprompt.trainer.loop import Loop
+from deltaprompt.trainer.objective import objective_of
 from deltaprompt.trainer.order import chance_kept
 from deltaprompt.trainer.plan import Plan
 from deltaprompt.trainer.progress import Progress, usual
 from deltaprompt.trainer.run import Run
 from deltaprompt.trainer.settings import check, settings_of
 from deltaprompt.trainer.training import Training
-from deltaprompt.trainer.untrained import given, prepare
+from deltaprompt.trainer.untrained import given
 from deltaprompt.types import Example
 
 
@@ -52,7 +53,7 @@ class Seat:
 
 
 def fit(
-    model: Model,
+    model: Trainable,
     train: Sequence[Example],
     dev: Sequence[Example] | None = None,
     *,
@@ -109,10 +110,10 @@ def fit(
     return run
 
 
-def seat_of(model: Model, slot: int, plan: Plan, folder: Path | None) -> Seat:
+def seat_of(model: Trainable, slot: int, plan: Plan, folder: Path | None) -> Seat:
     """A seat, its plan checked, the slot given what its template shows."""
     check(model, slot, plan)
-    prepare(model, plan, slot)
+    objective_of(model).prepare(slot, plan)
     return Seat(slot, plan, folder, {} if folder is None else settings_of(model, slot, plan))
 
 
@@ -128,7 +129,7 @@ def finished_at(seat: Seat) -> tuple[Run, dict[str, Tensor]] | None:
 
 
 def trained(
-    model: Model,
+    model: Trainable,
     seats: Sequence[Seat],
     checkpoints: Checkpoints | None,
     resume: bool,
@@ -150,12 +151,12 @@ def trained(
         return loop.finish(loop.run(what + kept))
 
 
-def _once(model: Model) -> Callable[[Sequence[Example], int], list[Encoded]]:
+def _once(model: Trainable) -> Callable[[Sequence[Example], int], list[Encoded]]:
     """`model.encode`; the same sequence of examples, which plans of one task may share, is encoded once."""
     known: dict[tuple[int, int], list[Encoded]] = {}
 
     def encode(examples: Sequence[Example], slot: int) -> list[Encoded]:
-        key = (id(examples), model.seats[slot][0])
+        key = (id(examples), objective_of(model).group(slot))
         if key not in known:
             known[key] = model.encode(examples, slot)
         return known[key]

@@ -6,16 +6,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 from deltaprompt.model import Model
-from deltaprompt.model.below import Below, Nothing, below
+from deltaprompt.model.below import Below, Nothing
+from deltaprompt.model.generator import Trainable
 from deltaprompt.model.model import evaluating
 from deltaprompt.model.once import Once
 from deltaprompt.trainer.accelerated import processes
 from deltaprompt.trainer.course import Course
+from deltaprompt.trainer.objective import objective_of
 
 
 @contextmanager
 def frozen_once(
-    model: Model, courses: Sequence[Course], autocast: Callable[[], AbstractContextManager[None]]
+    model: Trainable, courses: Sequence[Course], autocast: Callable[[], AbstractContextManager[None]]
 ) -> Iterator[str]:
     """Within it frozen layers run once a text, where they can; gives what a progress line says of it.
 
@@ -26,6 +28,7 @@ def frozen_once(
     if isinstance(found, Nothing):
         yield f", nothing kept: {found.why}" if found.why else ""
         return
+    assert isinstance(model, Model)  # of a generator nothing is found
     once = Once(model.backbone, found)
     try:
         with evaluating(model), autocast():
@@ -39,7 +42,7 @@ def frozen_once(
         once.shelf.close()
 
 
-def _found(model: Model, courses: Sequence[Course]) -> Below | Nothing:
+def _found(model: Trainable, courses: Sequence[Course]) -> Below | Nothing:
     """What can be kept in a run, or why nothing can."""
     each = [course.training for course in courses]
     if not all(training.keep for training in each):
@@ -50,4 +53,4 @@ def _found(model: Model, courses: Sequence[Course]) -> Below | Nothing:
         return Nothing("the backbone's dropout is on")
     if processes() > 1:
         return Nothing("several processes")
-    return below(model, [row for course in courses for row in course.rows])
+    return objective_of(model).below([row for course in courses for row in course.rows])

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from deltaprompt import store
-from deltaprompt.model import Model
+from deltaprompt.model.generator import Trainable
 from deltaprompt.model.saved import save, tensors
 from deltaprompt.trainer.checkpoint import Checkpoints
 from deltaprompt.trainer.run import Metrics, Run, finite
@@ -29,7 +29,7 @@ class Kept:
         self.settings = settings
         self._record: dict[str, Any] | None = None  # what does not change: the task, the backbone and its digest, …
 
-    def write(self, model: Model, slot: int, best: Metrics, run: Run | None = None) -> int:
+    def write(self, model: Trainable, slot: int, best: Metrics, run: Run | None = None) -> int:
         """Keeps one slot of a model as it is, with the run where it is finished; the bytes written."""
         training = {"finished": run is not None, "settings": self.settings, "run": run and run.record()}
         metrics = finite({"dev": best})

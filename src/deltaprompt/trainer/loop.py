@@ -14,19 +14,18 @@ from torch import Tensor
 
 from deltaprompt.errors import TrainingError
 from deltaprompt.features import Encoded
-from deltaprompt.model import Model
+from deltaprompt.model.generator import Trainable
 from deltaprompt.trainer import failures
 from deltaprompt.trainer.accelerated import accelerator_for, prepared
 from deltaprompt.trainer.checkpoint import Checkpoints, hold_back_weights
 from deltaprompt.trainer.course import Course
-from deltaprompt.trainer.measure import measured
+from deltaprompt.trainer.objective import objective_of
 from deltaprompt.trainer.order import draw_from
-from deltaprompt.trainer.passes import MOST, Pass, apart, by_length, common, cost_of
+from deltaprompt.trainer.passes import MOST, Pass, apart, by_length, common, cost_of, weight_of
 from deltaprompt.trainer.progress import Progress
 from deltaprompt.trainer.run import Metrics, Run
 from deltaprompt.trainer.streams import Shares, Streams
 from deltaprompt.types import Batch
-from deltaprompt.verbalizers._base import Trained
 
 
 class Loop:
@@ -36,13 +35,14 @@ class Loop:
     """
 
     def __init__(
-        self, model: Model, courses: Sequence[Course], checkpoints: Checkpoints | None, shown: Progress
+        self, model: Trainable, courses: Sequence[Course], checkpoints: Checkpoints | None, shown: Progress
     ) -> None:
         self.model = model
+        self.objective = objective_of(model)
         self.courses = courses
         self.several = len(courses) > 1
         self.draws = any(vars(delta).get("dropout") for delta in model.adapted.deltas)
-        self.whole = any(isinstance(model.reader(c.slot).verbalizer, Trained) for c in courses)  # rows share a loss
+        self.whole = self.objective.whole([course.slot for course in courses])
         self.training = courses[0].training  # whose precision is that of all
         self.checkpoints = checkpoints
         self.shown = shown
@@ -156,7 +156,7 @@ class Loop:
         passes = common([list(self._shares(course.batches())) for course in running])
         if not self.several:
             return passes
-        sorts = [self._sort(course) for course in running]
+        sorts = [self.objective.sort(course.slot, course.rows[0]) for course in running]
         passes = [part for whole in passes for part in apart(whole, sorts)]
         if self.draws or self.whole:
             return passes
@@ -164,23 +164,18 @@ class Loop:
         cost, most = cost_of(self.model.backbone.width, device), MOST.get(device, MOST["cuda"])
         return [part for whole in passes for part in by_length(whole, cost, most)]
 
-    def _sort(self, course: Course) -> tuple[int, int]:
-        """Courses of another sort than this do not share a pass: in rows for a text, or in tokens that answers have."""
-        number, reader = self.model.seats[course.slot][0], self.model.reader(course.slot)
-        return len(course.rows[0].variants), number if reader.reading.continues else -1
-
     def _shares(self, batches: Sequence[list[Encoded]]) -> Iterator[tuple[list[Encoded], float]]:
         """This process's rows of every batch, and their share of the loss; where it has none, a row of no weight."""
-        a, rows = self.accelerator, sum(map(len, batches))
+        a, whole = self.accelerator, sum(map(weight_of, batches))
         for batch in batches:
             own = batch[a.process_index :: a.num_processes]
-            yield own or batch[:1], len(own) * a.num_processes / rows
+            yield own or batch[:1], weight_of(own) * a.num_processes / whole
 
     def _chance(self, streams: Streams | None, picked: Pass) -> AbstractContextManager[None]:
         """What dropout is drawn from in a pass."""
         if streams is None:
             return nullcontext()
-        shares = Shares.of([rows for _, rows, _ in picked], self.model.features.kind == "causal")
+        shares = Shares.of([rows for _, rows, _ in picked], self.objective.left)
         return streams.over([course for course, _, _ in picked], shares)
 
     def _losses(self, running: Sequence[Course], picked: Pass) -> list[Tensor]:
@@ -193,7 +188,7 @@ class Loop:
         return list(self.module(batch, slots.to(self.model.device), sizes)["losses"].unbind())
 
     def _collated(self, rows: Sequence[Encoded]) -> Batch:
-        return self.model.features.collate(rows).to(self.model.device)
+        return self.objective.collate(rows).to(self.model.device)
 
     # After it
 
@@ -214,7 +209,7 @@ class Loop:
         module, better, seen = self.accelerator.unwrap_model(self.module), False, list[Metrics]()
         for course in courses:
             t = course.training
-            metrics = measured(module, course.dev, t.batch_size, course.slot) if course.dev else {}
+            metrics = self.objective.measured(module, course.dev, t.batch_size, course.slot) if course.dev else {}
             seen += [metrics] if metrics else []
             if course.take_evaluation(metrics):
                 better = True

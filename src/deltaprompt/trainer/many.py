@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deltaprompt.errors import ConfigError, SiteError, TrainingError
 from deltaprompt.features.batching import chunks
-from deltaprompt.model import Model
+from deltaprompt.model.generator import Trainable
 from deltaprompt.model.saved import fill
 from deltaprompt.trainer.accelerated import is_main, processes
 from deltaprompt.trainer.checkpoint import SETTINGS, Checkpoints
@@ -26,7 +26,7 @@ NAMES = "together"  # the setting of a joint run that names its adaptations
 
 
 def fit_many(
-    model: Model,
+    model: Trainable,
     plans: Sequence[Plan],
     *,
     together: int = TOGETHER,
@@ -60,7 +60,7 @@ def fit_many(
 
 
 def train_many(
-    model: Model,
+    model: Trainable,
     plans: Sequence[Plan],
     *,
     together: int,
@@ -101,7 +101,7 @@ def obstacle(plans: Sequence[Plan]) -> str:
     return "several processes" if processes() > 1 else ""
 
 
-def _seats(model: Model, plans: Sequence[Plan], together: int, out: Path | None) -> list[Seat]:
+def _seats(model: Trainable, plans: Sequence[Plan], together: int, out: Path | None) -> list[Seat]:
     slots, names = model.adapted.slots, [plan.called for plan in plans]
     if len(plans) != slots:
         raise ConfigError(f"{len(plans)} plans for a model of {slots} slots; give a plan for each")
@@ -144,7 +144,7 @@ def _groups(waiting: Sequence[Seat], begun: Sequence[str], size: int) -> list[li
 
 
 def _group(
-    model: Model,
+    model: Trainable,
     group: Sequence[Seat],
     common: Checkpoints | None,
     resume: bool,

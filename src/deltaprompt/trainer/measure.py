@@ -7,16 +7,16 @@ from collections.abc import Sequence
 import torch
 
 from deltaprompt.features import Encoded
-from deltaprompt.model.model import evaluating
+from deltaprompt.model.model import Model, evaluating
 from deltaprompt.trainer.accelerated import Lone
 
 
 @torch.inference_mode()
-def measured(module: Lone, rows: Sequence[Encoded], batch_size: int, slot: int = 0) -> dict[str, float]:
-    """`{"accuracy", "macro_f1", "loss"}` of labelled rows, by one slot of the model."""
+def measured(module: Lone, model: Model, rows: Sequence[Encoded], batch_size: int, slot: int = 0) -> dict[str, float]:
+    """`{"accuracy", "macro_f1", "loss"}` of labelled rows, by one slot of the model in a module."""
     from sklearn.metrics import accuracy_score, f1_score
 
-    model, loss = module.model, 0.0
+    loss = 0.0
     gold, found = list[int](), list[int]()
     with evaluating(module):
         for batch in model.features.batches(rows, batch_size):

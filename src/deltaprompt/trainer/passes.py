@@ -34,7 +34,7 @@ def by_length(whole: Pass, cost: float, most: int) -> Iterator[Pass]:
     Found exactly: of rows in the order of their lengths, the best split of the first i ends with the best of some first
     j and one pass of the rows from j to i, which has `most` tokens at most.
     """
-    rows = [(row, n, share / len(own)) for n, own, share in whole for row in own]
+    rows = [(row, n, share * row.weight / weight_of(own)) for n, own, share in whole for row in own]
     rows.sort(key=lambda one: -one[0].length)
     longest, best, start = np.array([row.length for row, _, _ in rows]), np.zeros(len(rows) + 1), [0]
     for i in range(1, len(rows) + 1):
@@ -48,6 +48,11 @@ def by_length(whole: Pass, cost: float, most: int) -> Iterator[Pass]:
         cuts.append(start[cuts[-1]])
     for first, end in pairwise(reversed(cuts)):
         yield _parts(rows[first:end])
+
+
+def weight_of(rows: Sequence[Encoded]) -> int:
+    """What a mean loss over rows is divided by: their number, or that of their targets' ids."""
+    return sum(row.weight for row in rows)
 
 
 def cost_of(width: int, device: str) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,3 +36,12 @@ class Plan:
     def called(self) -> str:
         """Its name."""
         return self.name or f"seed-{self.seed}"
+
+
+def told(examples: Sequence[Example]) -> str:
+    """The number of examples and a digest of them in their order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        more = [part for part in (example.references, example.messages) if part]
+        digest.update(json.dumps([sorted(example.fields.items()), example.label, *more]).encode())
+    return f"{len(examples)} examples ({digest.hexdigest()[:12]})"

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
+from deltaprompt.trainer.run import headline
+
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
@@ -64,7 +66,7 @@ class RichProgress:
 
     def evaluated(self, metrics: Mapping[str, float], best: bool) -> None:
         if self._bar is not None and best:
-            self._bar.update(self._task, dev=f"best dev accuracy {metrics['accuracy']:.3f}")
+            self._bar.update(self._task, dev=f"best dev {headline(metrics)}")
 
     def done(self) -> None:
         if self._bar is not None:

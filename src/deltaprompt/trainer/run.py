@@ -107,8 +107,14 @@ def finite(value: Any) -> Any:
 
 
 def rank(metrics: Metrics) -> tuple[float, float]:
-    """By accuracy, then by the lower loss; nothing measured is all the same."""
+    """By accuracy, where it is measured, then by the lower loss; nothing measured is all the same."""
     if not metrics:
         return 0.0, 0.0
     loss = metrics["loss"]
-    return metrics["accuracy"], -loss if math.isfinite(loss) else -math.inf
+    return metrics.get("accuracy", 0.0), -loss if math.isfinite(loss) else -math.inf
+
+
+def headline(metrics: Metrics) -> str:
+    """The metric that the best is chosen by, and its value."""
+    name = "accuracy" if "accuracy" in metrics else "loss"
+    return f"{name} {metrics[name]:.3f}"

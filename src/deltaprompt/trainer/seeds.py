@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaprompt.errors import ConfigError, TrainingError
-from deltaprompt.model import Model
+from deltaprompt.model.generator import Trainable
 from deltaprompt.trainer.accelerated import is_main
 from deltaprompt.trainer.fitting import fit
 from deltaprompt.trainer.kept import note
@@ -63,7 +63,7 @@ class SeedsResult:
 
 
 def fit_seeds(
-    make_model: Callable[[Sequence[int]], Model],
+    make_model: Callable[[Sequence[int]], Trainable],
     train_of: Callable[[int], Sets],
     test: Sequence[Example] | None = None,
     *,
@@ -96,7 +96,7 @@ def fit_seeds(
     out, alone = None if out is None else Path(out), len(seeds) == 1
     plans = [Plan(*train_of(seed), training, seed, unlabelled=unlabelled) for seed in seeds]
 
-    def train(model: Model) -> list[Run]:
+    def train(model: Trainable) -> list[Run]:
         if not alone:
             return train_many(model, plans, together=together, out=out, resume=resume, progress=progress)
         p = plans[0]
@@ -135,7 +135,7 @@ def each_once(seeds: Sequence[int]) -> None:
 
 
 def tested(
-    model: Model, train: Callable[[Model], list[Run]], folders: Sequence[Path], test: Sequence[Example] | None
+    model: Trainable, train: Callable[[Trainable], list[Run]], folders: Sequence[Path], test: Sequence[Example] | None
 ) -> tuple[list[Run], list[Metrics]]:
     """The runs of a model's slots and their metrics on test (empty without), which their folders then tell too.
 

@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 
 from deltaprompt.model import Model
+from deltaprompt.model.generator import Trainable
 from deltaprompt.trainer import failures
 from deltaprompt.trainer.accelerated import Lone, is_main
 from deltaprompt.trainer.kept import Kept
@@ -36,13 +37,14 @@ def begin(model: Model, plan: Plan, slot: int) -> None:
     model.calibrate(plan.unlabelled or plan.train, slot, rows)
 
 
-def given(model: Model, plan: Plan, slot: int, kept: Kept | None) -> Run:
+def given(model: Trainable, plan: Plan, slot: int, kept: Kept | None) -> Run:
     """The run of a slot in which nothing trains, of no step."""
+    assert isinstance(model, Model)  # a generator takes no examples otherwise
     clock = time.perf_counter()
     with failures.of_memory(plan.training):
         begin(model, plan, slot)
         dev = model.encode(plan.dev, slot) if plan.dev else []
-        metrics = measured(Lone(model), dev, plan.training.batch_size, slot) if dev else {}
+        metrics = measured(Lone(model), model, dev, plan.training.batch_size, slot) if dev else {}
     run = Run(0, 0.0, 0, metrics, [], time.perf_counter() - clock, "done", 0)
     if kept is None or not is_main():
         return run

@@ -1,0 +1,183 @@
+"""What a model is trained for: what examples must have, its rows as batches, and how good it is on dev."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from deltaprompt.errors import ConfigError
+from deltaprompt.features import Encoded
+from deltaprompt.model import Model
+from deltaprompt.model.below import Below, Nothing, below
+from deltaprompt.model.generator import Generator, Trainable
+from deltaprompt.trainer.measure import measured
+from deltaprompt.trainer.plan import Plan, told
+from deltaprompt.trainer.untrained import begin, prepare, takes_examples
+from deltaprompt.types import Batch, Example
+from deltaprompt.verbalizers._base import Trained
+
+if TYPE_CHECKING:
+    from deltaprompt.trainer.accelerated import Lone
+
+
+class Objective(ABC):
+    """What the training loop asks of a model beside its loss, which the model says itself."""
+
+    @abstractmethod
+    def check(self, name: str, examples: Sequence[Example]) -> None:
+        """Raises where an example of a set lacks what training needs."""
+
+    @abstractmethod
+    def takes_examples(self, slot: int) -> bool:
+        """Whether examples change a slot though nothing of it trains."""
+
+    @abstractmethod
+    def told(self, slot: int) -> dict[str, Any]:
+        """What is asked of a slot, in a few words by name."""
+
+    @abstractmethod
+    def group(self, slot: int) -> int:
+        """Slots of one number read the same examples as the same rows."""
+
+    @abstractmethod
+    def prepare(self, slot: int, plan: Plan) -> None:
+        """Gives a slot what its texts need to be read."""
+
+    @abstractmethod
+    def start(self, slot: int, plan: Plan) -> None:
+        """Gives a slot what it has from examples before it trains."""
+
+    @abstractmethod
+    def collate(self, rows: Sequence[Encoded]) -> Batch:
+        """Rows as one batch."""
+
+    @property
+    @abstractmethod
+    def left(self) -> bool:
+        """Whether rows are padded on the left."""
+
+    @abstractmethod
+    def sort(self, slot: int, row: Encoded) -> tuple[int, int]:
+        """Slots of another sort than this do not share a pass."""
+
+    @abstractmethod
+    def whole(self, slots: Sequence[int]) -> bool:
+        """Whether the rows of a slot's batch must stay together, since they have one loss."""
+
+    @abstractmethod
+    def measured(self, module: Lone, rows: Sequence[Encoded], batch_size: int, slot: int) -> dict[str, float]:
+        """The metrics of rows; `loss` among them."""
+
+    @abstractmethod
+    def below(self, rows: Sequence[Encoded]) -> Below | Nothing:
+        """What of a pass over rows can be kept from epoch to epoch."""
+
+    @abstractmethod
+    def batches(self, rows: Sequence[Encoded], batch_size: int) -> Iterator[Batch]:
+        """Rows as batches, the longest first."""
+
+
+@dataclass(frozen=True)
+class Labelling(Objective):
+    """The loss of labels; the best accuracy is chosen, and of equal ones the lowest loss."""
+
+    model: Model
+
+    def check(self, name: str, examples: Sequence[Example]) -> None:
+        bare = next((i for i, e in enumerate(examples, 1) if e.label is None), None)
+        if bare is not None:
+            raise ConfigError(f"{name} example {bare} has no label; training needs one on each")
+
+    def takes_examples(self, slot: int) -> bool:
+        return takes_examples(self.model, slot)
+
+    def told(self, slot: int) -> dict[str, Any]:
+        reader = self.model.reader(slot)
+        shown = reader.features.demonstrations
+        return {"task": repr(reader.task)} | ({} if shown is None else {"demonstrations": told(shown.rows)})
+
+    def group(self, slot: int) -> int:
+        return self.model.seats[slot][0]
+
+    def prepare(self, slot: int, plan: Plan) -> None:
+        prepare(self.model, plan, slot)
+
+    def start(self, slot: int, plan: Plan) -> None:
+        begin(self.model, plan, slot)
+
+    def collate(self, rows: Sequence[Encoded]) -> Batch:
+        return self.model.features.collate(rows)
+
+    def batches(self, rows: Sequence[Encoded], batch_size: int) -> Iterator[Batch]:
+        return self.model.features.batches(rows, batch_size)
+
+    @property
+    def left(self) -> bool:
+        return self.model.features.kind == "causal"
+
+    def sort(self, slot: int, row: Encoded) -> tuple[int, int]:
+        """In rows for a text, or in tokens that answers have."""
+        return len(row.variants), self.group(slot) if self.model.reader(slot).reading.continues else -1
+
+    def whole(self, slots: Sequence[int]) -> bool:
+        return any(isinstance(self.model.reader(slot).verbalizer, Trained) for slot in slots)
+
+    def measured(self, module: Lone, rows: Sequence[Encoded], batch_size: int, slot: int) -> dict[str, float]:
+        return measured(module, self.model, rows, batch_size, slot)
+
+    def below(self, rows: Sequence[Encoded]) -> Below | Nothing:
+        return below(self.model, rows)
+
+
+@dataclass(frozen=True)
+class Writing(Objective):
+    """The mean cross-entropy of targets' tokens; the lowest is chosen."""
+
+    model: Generator
+
+    def check(self, name: str, examples: Sequence[Example]) -> None:
+        """Whatever lacks a target is told when it is encoded."""
+
+    def takes_examples(self, slot: int) -> bool:
+        return False
+
+    def told(self, slot: int) -> dict[str, Any]:
+        return {"task": repr(self.model.generation)}
+
+    def group(self, slot: int) -> int:
+        return 0
+
+    def prepare(self, slot: int, plan: Plan) -> None:
+        """Prompts need nothing."""
+
+    def start(self, slot: int, plan: Plan) -> None:
+        """Nothing begins from examples."""
+
+    def collate(self, rows: Sequence[Encoded]) -> Batch:
+        return self.model.collate(rows)
+
+    def batches(self, rows: Sequence[Encoded], batch_size: int) -> Iterator[Batch]:
+        return self.model.batches(rows, batch_size)
+
+    @property
+    def left(self) -> bool:
+        return self.model.features.kind == "causal" and not self.model.packed
+
+    def sort(self, slot: int, row: Encoded) -> tuple[int, int]:
+        return 1, -1
+
+    def whole(self, slots: Sequence[int]) -> bool:
+        return False
+
+    def measured(self, module: Lone, rows: Sequence[Encoded], batch_size: int, slot: int) -> dict[str, float]:
+        return self.model.measure(rows, batch_size, slot, module)
+
+    def below(self, rows: Sequence[Encoded]) -> Below | Nothing:
+        return Nothing("each target is read at many places")
+
+
+def objective_of(model: Trainable) -> Objective:
+    """What a model is trained for."""
+    return Writing(model) if isinstance(model, Generator) else Labelling(model)
