@@ -3,8 +3,23 @@
 from __future__ import annotations
 
 from deltaprompt.data import shipped
+from deltaprompt.data.chats import read_chats
 from deltaprompt.data.label_words import read_label_words
+from deltaprompt.data.pairs import grouped, hold_out, read_pairs, told_apart
 from deltaprompt.data.readers import labels_of, read, read_texts
 from deltaprompt.data.samplers import few_shot, split
 
-__all__ = ["few_shot", "labels_of", "read", "read_label_words", "read_texts", "shipped", "split"]
+__all__ = [
+    "few_shot",
+    "grouped",
+    "hold_out",
+    "labels_of",
+    "read",
+    "read_chats",
+    "read_label_words",
+    "read_pairs",
+    "read_texts",
+    "shipped",
+    "split",
+    "told_apart",
+]

@@ -118,44 +118,44 @@ def _examples(
 def _example(row: Row, asked: _Asked) -> Example:
     """The asked fields, then the other columns that can be written as text, and the label."""
     columns = asked.columns(row)
-    fields = {name: _filled(row, column, f"field {name!r}") for name, column in columns.items()}
+    fields = {name: filled(row, column, f"field {name!r}") for name, column in columns.items()}
     used = {asked.label, "", *columns, *columns.values()}
-    others = {name: _written(row, name) for name in row.values if name not in used}
+    others = {name: written(row, name) for name in row.values if name not in used}
     fields |= {name: value for name, value in others.items() if value is not None}
     if not fields:
-        raise DataError(f"{row.at}: no column holds a text{_listing('text', row.values)}")
+        raise DataError(f"{row.at}: no column holds a text{listing('text', row.values)}")
     return Example(fields, _label(row, asked.label) if asked.labelled and asked.label is not None else None)
 
 
 def _label(row: Row, column: str) -> str:
     """The label as a string, 1.0 (as a table with gaps stores 1) as "1"."""
-    label, value = _filled(row, column, "label"), row.values[column]
+    label, value = filled(row, column, "label"), row.values[column]
     return str(int(value)) if isinstance(value, (float, Decimal)) and value % 1 == 0 else label
 
 
-def _filled(row: Row, column: str, what: str) -> str:
+def filled(row: Row, column: str, what: str) -> str:
     """The text in a column that must be there and hold one."""
     if column not in row.values:
         mend = _NAME_ONE.get(what, "name one with fields={'field': 'column'}")
-        raise DataError(f"{row.at}: no column {column!r} for the {what}{_listing(column, row.values)}; {mend}")
-    written = _written(row, column)
-    if written is None or not written.strip():
+        raise DataError(f"{row.at}: no column {column!r} for the {what}{listing(column, row.values)}; {mend}")
+    text = written(row, column)
+    if text is None or not text.strip():
         got = f"column {column!r} holds {row.values[column]!r:.60}"
         raise _Missing(f"{row.at}: the {what} is missing: {got}; put a text or a number there, or remove the row")
-    return written
+    return text
 
 
-def _written(row: Row, column: str) -> str | None:
+def written(row: Row, column: str) -> str | None:
     """A string as it is, a number by `str`, a boolean as in JSON; None for what is missing or no single text."""
     value = row.values[column]
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (int, float, Decimal)):
         return None if value != value else str(value)  # NaN alone differs from itself
-    return _sound(value, f"{row.at}: column {column!r}") if isinstance(value, str) else None
+    return sound(value, f"{row.at}: column {column!r}") if isinstance(value, str) else None
 
 
-def _sound(text: str, at: str) -> str:
+def sound(text: str, at: str) -> str:
     """`text`, if it can be written as UTF-8 and has no NUL, as tokenizers need."""
     if "\0" in text:
         raise DataError(f"{at}: holds a NUL character; remove it")
@@ -166,7 +166,7 @@ def _sound(text: str, at: str) -> str:
     return text
 
 
-def _listing(name: str, columns: Iterable[str]) -> str:
+def listing(name: str, columns: Iterable[str]) -> str:
     """The columns there are, long names cut (a file without a header has texts there), and the nearest ones."""
     shown = [column if len(column) <= 40 else column[:39] + "…" for column in columns]
     hint = nearest(name, shown, limit=30)

@@ -63,7 +63,8 @@ def decoded(adapted: Adapted, inputs: Mapping[str, Tensor], slot: int, how: Deco
     given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     found = adapted.generate(given, slot, how.config(ends, tokenizer.pad_token_id))  # [b, t]
     rows = found[:, 1:] if adapted.backbone.kind == "seq2seq" else found  # the decoder's start is no end
-    return [tokenizer.decode(cut(ids, ends), skip_special_tokens=True).strip() for ids in rows.tolist()]
+    as_written = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    return [tokenizer.decode(cut(ids, ends), **as_written).strip() for ids in rows.tolist()]
 
 
 def cut(ids: Sequence[int], ends: Sequence[int]) -> list[int]:
