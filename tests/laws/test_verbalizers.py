@@ -20,6 +20,7 @@ from deltaprompt.types import AtMask, Batch, Example
 from deltaprompt.verbalizers._base import Started, pooled
 from deltaprompt.verbalizers.automatic import Automatic
 from deltaprompt.verbalizers.dect import DecT
+from deltaprompt.verbalizers.hierarchical import Hierarchical
 from deltaprompt.verbalizers.knowledgeable import Knowledgeable
 from deltaprompt.verbalizers.label_descriptions import LabelDescriptions
 from deltaprompt.verbalizers.label_words import LabelWords
@@ -35,6 +36,7 @@ SENTENCES = {"up": "a good film", "down": "a bad film", "so": "maybe"}
 FACTORIES = {  # those without a factory are built with their defaults
     "label_words": lambda: LabelWords(WORDS),
     "label_descriptions": lambda: LabelDescriptions(SENTENCES),
+    "hierarchical": lambda: Hierarchical(words=WORDS),
     "knowledgeable": lambda: Knowledgeable(MANY, longest=30, frequency=0.0, relevance=False),
     "automatic": lambda: Automatic(size=2),
     "dect": lambda: DecT(WORDS, dim=4),
@@ -43,6 +45,7 @@ FACTORIES = {  # those without a factory are built with their defaults
 }
 PARAMETERS = {  # closed forms, of c classes and d-wide states
     "label_words": lambda c, d: 0,
+    "hierarchical": lambda c, d: 0,
     "knowledgeable": lambda c, d: 2 * c,
     "automatic": lambda c, d: 0,
     "dect": lambda c, d: 4 * d + 5 * c,
@@ -56,7 +59,7 @@ FAMILIES = ["bert", "gpt2", "llama", "t5", "bart", "bert-encoder"]
 TEMPLATE = "{text} It was {mask}"
 TEXTS = ["good", "a good film and a great plot", "not", "the cat sat on the mat ; it was bad", "no", "a film"]
 EXAMPLES = [Example({"text": text}, LABELS[i % 3]) for i, text in enumerate(TEXTS)]
-WORDED = ("label_words", "knowledgeable", "automatic", "dect", "rules")  # built with words of the model's
+WORDED = ("label_words", "hierarchical", "knowledgeable", "automatic", "dect", "rules")  # made of words
 
 
 def needs_more(name, kind):
