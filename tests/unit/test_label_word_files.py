@@ -4,10 +4,18 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from deltaprompt.cli import app
+from deltaprompt.cli.grid import cells_of
+from deltaprompt.cli.interchange import _task_table
+from deltaprompt.cli.recipe import build, grid_of, labels_of
+from deltaprompt.cli.task import stands_for
 from deltaprompt.data import read_label_words
 from deltaprompt.errors import ConfigError, DataError
 from deltaprompt.templates import Template
+from deltaprompt.types import Example
+from tests import backbones_zoo
 
 TWO = ("bad", "good")
 
@@ -88,6 +96,63 @@ def test_choices_and_files_that_are_not_there(tmp_path: Path) -> None:
     path.write_bytes(b"a\xff\nb")
     with pytest.raises(DataError, match=r"words.txt is not UTF-8: .*; save it as UTF-8"):
         read_label_words(path, TWO)
+
+
+# On the command line
+
+
+def test_file_without_names_is_left_for_the_labels_of_the_data(tmp_path: Path) -> None:
+    lines, choices, named = tmp_path / "words.txt", tmp_path / "words.json", tmp_path / "named.json"
+    lines.write_text("awful\nfine\n\nsad,bad\nglad")
+    choices.write_text('[{"good": "fine", "bad": "awful"}, [["sad", "bad"], "glad"]]')
+    named.write_text('{"good": "fine, really", "bad": ["awful"]}')
+    assert labels_of([str(named)]) == {"good": "fine, really", "bad": ["awful"]}
+    first, second = {"bad": ("awful",), "good": ("fine",)}, {"bad": ("sad", "bad"), "good": ("glad",)}
+    for path in (lines, choices):
+        assert labels_of([str(path)]) == str(path)
+        assert stands_for(str(path), TWO) == first
+        assert labels_of([f"{path}#1"]) == f"{path}#1"
+        assert stands_for(f"{path}#1", TWO) == second
+    assert stands_for(f"{named}#0", TWO) == {"bad": ("awful",), "good": ("fine, really",)}
+    assert stands_for(None, TWO) is None
+    assert stands_for(("a", "b"), TWO) == ("a", "b")
+    assert grid_of([f"labels={lines}", f"labels={lines}#1"]) == {"labels": [str(lines), f"{lines}#1"]}
+    made = build({"task": {"labels": str(lines)}, "grid": {"shots": [1, 2]}})
+    assert made.task.labels == str(lines)
+
+
+def test_grid_of_files_and_named_words_has_one_order_of_labels(tmp_path: Path) -> None:
+    lines = tmp_path / "words.txt"
+    lines.write_text("awful\nfine")
+    backbone = backbones_zoo.build("bert")
+    examples = [Example({"text": f"{label} film {n}"}, label) for label in TWO for n in range(4)]
+    tables = {"grid": {"labels": [{"good": "fine", "bad": "sad"}, str(lines)]}, "task": {"template": "{text} {mask}"}}
+    cells = cells_of(build(tables), backbone, examples, None)
+    assert [cell.task.words() for cell in cells] == [
+        {"bad": ("sad",), "good": ("fine",)},
+        {"bad": ("awful",), "good": ("fine",)},
+    ]
+    assert [cell.task.names for cell in cells] == [TWO, TWO]
+
+
+def test_fit_takes_a_file_of_words(tmp_path: Path) -> None:
+    backbone, data, words = backbones_zoo.build("bert"), tmp_path / "data.jsonl", tmp_path / "words.txt"
+    backbone.model.save_pretrained(tmp_path / "tiny")
+    backbone.tokenizer.save_pretrained(tmp_path / "tiny")
+    rows = [{"text": f"a film {n}", "label": label} for label in TWO for n in range(4)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words.write_text("terrible,awful\ngreat\n")
+    task = ("--backbone", tmp_path / "tiny", "--template", "{text} It was {mask}.", "--labels", words)
+    more = ("--data", data, "--steps", 1, "--delta", "bitfit", "--no-dev", "--device", "cpu", "--out", tmp_path / "out")
+    done = CliRunner().invoke(app, [str(word) for word in ("fit", *task, *more)])
+    assert done.exit_code == 0, done.output
+    record = json.loads((tmp_path / "out" / "adaptation.json").read_text())
+    assert record["verbalizer"]["words"] == {"bad": ["terrible", "awful"], "good": ["great"]}
+
+
+def test_import_needs_the_names_of_labels(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"a.txt has words without the names of their labels; give a .toml or .json"):
+        _task_table(None, [str(tmp_path / "a.txt")], None, None)
 
 
 # The files that came with OpenPrompt

@@ -27,7 +27,8 @@ LEGEND = 160  # characters of what a number stands for
 
 def cells_of(recipe: Recipe, backbone: Backbone, train: Sequence[Example], dev: Sequence[Example] | None) -> list[Cell]:
     """A cell for each combination of what is tried; those with as many shots have the same examples."""
-    axes, names = _alike(recipe.grid.axes), labels_of(train)
+    names = labels_of(train)
+    axes = _alike(recipe.grid.axes, names)
     _check_labels(recipe)
     deals = {k: Deal(replace(recipe, shots=k), train, dev) for k in axes.get("shots", (recipe.shots,))}
 
@@ -118,10 +119,13 @@ def _legend(value: object) -> str:
     return line if len(line) <= LEGEND else line[: LEGEND - 1] + "…"
 
 
-def _alike(axes: Axes) -> dict[str, Sequence[Any]]:
-    """The axes, whatever stands for labels in the first one's order: a model's tasks have one order."""
+def _alike(axes: Axes, names: Sequence[str]) -> dict[str, Sequence[Any]]:
+    """The axes, whatever stands for labels in one order, as a model's tasks have it: where files are among them, whose
+    labels are the data's, in that of those, else in the first one's.
+    """
     made = dict(axes)
-    first = made.get("labels", ((),))[0]
+    tried = made.get("labels", ((),))
+    first = dict.fromkeys(names) if any(isinstance(own, str) for own in tried) else tried[0]
     if isinstance(first, Mapping):
         made["labels"] = [
             {name: own[name] for name in first} if isinstance(own, Mapping) and own.keys() == first.keys() else own

@@ -130,9 +130,11 @@ def _task_table(
         raise ConfigError(
             "an adapter has no labels; name them and what stands for each: --labels good=great --labels bad=terrible"
         )
+    if isinstance(labels := labels_of(describe), str):
+        raise ConfigError(f"{labels} has words without the names of their labels; give a .toml or .json file with them")
     given = {
         "template": template,
-        "labels": labels_of(describe),
+        "labels": labels,
         "verbalizer": variant_of("verbalizers", verbalizer) if verbalizer else None,
         "max_length": max_length,
     }

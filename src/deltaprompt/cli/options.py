@@ -71,7 +71,8 @@ Describe = Annotated[
         "--describe",
         "--labels",
         help="What stands for a label: label=a sentence (encoders), label=word or label=word|word (language models). "
-        "Repeat, or give a .toml or .json file of them.",
+        "Repeat, or give a file: .toml or .json with label = words in it, .txt, .csv or .jsonl with a line of words "
+        "for each of the data's labels.",
         panel=TASK,
         metavar="LABEL=WORDS",
     ),

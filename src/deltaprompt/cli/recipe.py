@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from deltaprompt.trainer import Training
 from deltaprompt.trainer.many import TOGETHER
 
 Words = str | tuple[str, ...]
-Labels = Mapping[str, Words] | tuple[str, ...]
+Labels = Mapping[str, Words] | tuple[str, ...] | str  # a text: a file of words, whose labels are the data's
 T = TypeVar("T")
 
 
@@ -106,6 +107,7 @@ class Recipe:
     grid: GridTable = GridTable()
 
 
+WORD_FILE = re.compile(r"\.(txt|csv|jsonl?)(#[0-9]+)?$")  # of label words; #1: the second of several in it
 TABLES = {"backbone": BackboneTable, "task": TaskTable, "data": DataTable, "training": Training, "grid": GridTable}
 TOP = ("deltas", "seeds", "together", "shots", "out")
 NUMBERS = ("shots", "learning_rate")  # axes of a grid whose values are numbers
@@ -185,10 +187,13 @@ def seeds_of(given: object) -> tuple[int, ...]:
     return tuple(found)
 
 
-def labels_of(given: Sequence[str]) -> dict[str, Any]:
-    """What `label=words` pairs, or a file of them, say of the labels."""
+def labels_of(given: Sequence[str]) -> dict[str, Any] | str:
+    """What `label=words` pairs, or a file of them, say of the labels; a file without their names is left as it is."""
     if len(given) == 1 and given[0].endswith((".toml", ".json")):
-        return _parsed(Path(given[0]), "file of labels", toml=given[0].endswith(".toml"))
+        found = _read(Path(given[0]), "file of labels", toml=given[0].endswith(".toml"))
+        return given[0] if isinstance(found, list) else _as_table(found, Path(given[0]), "file of labels")
+    if len(given) == 1 and WORD_FILE.search(given[0]):
+        return given[0]
     return {label: words.split("|") if "|" in words else words for label, words in pairs(given, "--describe").items()}
 
 
@@ -212,9 +217,10 @@ def _tried(axis: str, value: str) -> list[Any]:
         return [piece.strip() for piece in value.split(",")]
     if axis != "labels":
         return [value]
-    if not value.strip().endswith((".toml", ".json")):
+    if not value.strip().endswith(".toml") and not WORD_FILE.search(value.strip()):
         raise ConfigError(
-            f"--grid labels={value}: label words are tried from a .toml or .json file each, with label = words in it"
+            f"--grid labels={value}: label words are tried from a .toml or .json file each, with label = words in it, "
+            "or a .txt, .csv or .jsonl file, with a line of words for each label"
         )
     return [labels_of([value.strip()])]
 
@@ -233,17 +239,24 @@ def pairs(given: Sequence[str], option: str) -> dict[str, str]:
 
 
 def _parsed(path: Path, what: str, toml: bool) -> dict[str, Any]:
+    return _as_table(_read(path, what, toml), path, what)
+
+
+def _as_table(found: object, path: Path, what: str) -> dict[str, Any]:
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} holds {found!r:.60}; a {what} is a table of names and values")
+    return found
+
+
+def _read(path: Path, what: str, toml: bool) -> object:
     try:
         text = path.read_text(encoding="utf-8")
-        found = tomllib.loads(text) if toml else json.loads(text)
+        return tomllib.loads(text) if toml else json.loads(text)
     except OSError as error:
         files = sorted(p.name for p in path.parent.glob(f"*{path.suffix}")) if path.parent.is_dir() else []
         raise ConfigError(f"there is no {what} {str(path)!r} that can be read{nearest(path.name, files)}") from error
     except ValueError as error:  # of either parser, or of the decoding
         raise ConfigError(f"{path} is not {'TOML' if toml else 'JSON'}: {error}") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path} holds {found!r:.60}; a {what} is a table of names and values")
-    return found
 
 
 def check_keys(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 from deltaprompt import registry
 from deltaprompt.backbone import Backbone, Kind
 from deltaprompt.calibrations._base import Calibration
-from deltaprompt.cli.recipe import TaskTable
+from deltaprompt.cli.recipe import Labels, TaskTable, Words
+from deltaprompt.data import read_label_words
 from deltaprompt.deltas._base import Delta
 from deltaprompt.deltas.lora import LoRA
 from deltaprompt.model import Task
@@ -34,11 +35,20 @@ def deltas_for(backbone: Backbone) -> tuple[Delta, ...]:
 def task_for(table: TaskTable, backbone: Backbone, labels: Sequence[str]) -> Task:
     """The task of a recipe's table; `labels` are those of the data."""
     template = table.template or TEMPLATES[backbone.kind]
+    given = stands_for(table.labels, labels)
     calibration: Calibration | None = None
     if table.calibration is not None:
         calibration = registry.from_description("calibrations", table.calibration)
-    task = Task(template, table.labels or tuple(labels), max_length=table.max_length, calibration=calibration)
+    task = Task(template, given or tuple(labels), max_length=table.max_length, calibration=calibration)
     return dataclasses.replace(task, verbalizer=_verbalizer(table, task, backbone))
+
+
+def stands_for(given: Labels | None, labels: Sequence[str]) -> Mapping[str, Words] | tuple[str, ...] | None:
+    """What stands for labels; where that is a file of words, the words of these labels in it."""
+    if not isinstance(given, str):
+        return given
+    path, _, choice = given.rpartition("#") if given.rpartition("#")[2].isdecimal() else (given, "", "0")
+    return read_label_words(path, labels, int(choice))
 
 
 def _verbalizer(table: TaskTable, task: Task, backbone: Backbone) -> Verbalizer:
