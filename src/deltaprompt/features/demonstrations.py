@@ -23,7 +23,7 @@ from deltaprompt.templates.filters import text_of
 from deltaprompt.types import Example
 
 MOST: Final = 1024  # rows of a pool whose nearest are looked for: all of them are kept with the adaptation
-DECIMALS: Final = 5  # of a cosine: what rounding leaves open is settled by the order in which rows were drawn
+DECIMALS: Final = 6  # of a cosine: what rounding leaves open is settled by the order in which rows were drawn
 
 T = TypeVar("T")
 States = Callable[[Sequence[Example]], Tensor]  # examples -> their mean states [n, d]
@@ -65,7 +65,7 @@ class Demonstrations:
             raise ConfigError(
                 "demonstrations nearest to a text need a backbone to compare states of; give a model some"
             )
-        cosines = normalize(self.states(examples), dim=-1) @ self._normal.T  # [n, rows]
+        cosines = normalize(self.states(examples).double(), dim=-1) @ self._normal.T  # [n, rows]
         for cosine, i in zip(cosines, own, strict=True):
             if i is not None:
                 cosine[i] = -torch.inf
@@ -95,7 +95,7 @@ class Demonstrations:
     def _normal(self) -> Tensor:
         """The rows' states, each of length 1: [rows, d]."""
         assert self.states is not None
-        return normalize(self.states(self.rows), dim=-1)
+        return normalize(self.states(self.rows).double(), dim=-1)
 
     def _key(self, example: Example) -> tuple[str, ...]:
         return _texts(example, self.fields)
