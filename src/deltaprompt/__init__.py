@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from deltaprompt.backbone import Backbone, load
-    from deltaprompt.data import few_shot, read
+    from deltaprompt.data import few_shot, read, read_chats, read_pairs
     from deltaprompt.deltas._position_shift import PositionShift
     from deltaprompt.deltas.adapter import Adapter
     from deltaprompt.deltas.bitfit import BitFit
@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from deltaprompt.errors import DeltaPromptError
     from deltaprompt.interchange import open_peft, save_peft
     from deltaprompt.model import Model, Task, adapt
+    from deltaprompt.model.generation import Chat, Generation
+    from deltaprompt.model.generator import Generator, generator
     from deltaprompt.model.many import Many, open_many
     from deltaprompt.model.saved import open_ as open
     from deltaprompt.templates import Template
     from deltaprompt.trainer import Plan, Run, Training, fit, fit_many
-    from deltaprompt.types import Example
+    from deltaprompt.types import Example, Message
     from deltaprompt.verbalizers.label_descriptions import LabelDescriptions
     from deltaprompt.verbalizers.label_words import LabelWords
     from deltaprompt.verbalizers.prototypes import Prototypes
@@ -37,12 +39,16 @@ __all__ = [
     "Adapter",
     "Backbone",
     "BitFit",
+    "Chat",
     "DeltaPromptError",
     "Example",
+    "Generation",
+    "Generator",
     "LabelDescriptions",
     "LabelWords",
     "LoRA",
     "Many",
+    "Message",
     "Model",
     "Plan",
     "PositionShift",
@@ -59,21 +65,28 @@ __all__ = [
     "few_shot",
     "fit",
     "fit_many",
+    "generator",
     "load",
     "open",
     "open_many",
     "open_peft",
     "read",
+    "read_chats",
+    "read_pairs",
     "save_peft",
 ]
 
 _WHERE = {
     "Backbone": "backbone",
     "DeltaPromptError": "errors",
+    "Chat": "model.generation",
     "Example": "types",
+    "Generation": "model.generation",
+    "Generator": "model.generator",
     "LabelDescriptions": "verbalizers.label_descriptions",
     "LabelWords": "verbalizers.label_words",
     "Many": "model.many",
+    "Message": "types",
     "Model": "model",
     "Plan": "trainer",
     "PositionShift": "deltas._position_shift",
@@ -87,11 +100,14 @@ _WHERE = {
     "few_shot": "data",
     "fit": "trainer",
     "fit_many": "trainer",
+    "generator": "model.generator",
     "load": "backbone",
     "open": "model.saved",
     "open_many": "model.many",
     "open_peft": "interchange",
     "read": "data",
+    "read_chats": "data",
+    "read_pairs": "data",
     "save_peft": "interchange",
 }
 
