@@ -596,3 +596,74 @@ def test_a_slow_tokenizer_is_refused():
 
     with pytest.raises(ConfigError, match="a fast tokenizer is needed, got Slow"):
         Codec(Slow())
+
+
+# Tied and computed soft tokens, prefixes, special tokens
+
+
+def test_tied_tokens_have_one_virtual_id_and_networks_a_range_each():
+    f = features(
+        "bert", "{soft:2|lstm}{text} {soft:3|tied} {soft:2:x|mlp} {soft:1|lstm} {soft:2:x|mlp} {mask}", max_length=99
+    )
+    assert f.soft_blocks == (
+        SoftBlock("#0", None, 2, encoder="lstm"),
+        SoftBlock("#1", None, 3, tied=True),
+        SoftBlock("x", None, 2, encoder="mlp"),
+        SoftBlock("#3", None, 1, encoder="lstm"),
+    )
+    assert f.soft_ranges == ((None, 1), ("lstm", 3), ("mlp", 2))
+    assert f.soft_starts == (1, 0, 4, 3)
+    assert f.soft_rows == 6
+    assert [i - BASE for i in ids(f, text="a") if i >= BASE] == [1, 2, 0, 0, 0, 4, 5, 3, 4, 5]
+
+
+@pytest.mark.parametrize("name", [*MASKED, *CAUSAL, "t5"])
+def test_a_prefix_stands_for_no_token(name):
+    bare = ids(features(name, "the {text} It was {mask}"), text="film")
+    for source in (
+        "{prefix:4}the {text} It was {mask}",
+        "the {text} {prefix:4}It was {mask}",
+        "the {text} It was {prefix:4}{mask}",
+    ):
+        assert ids(features(name, source), text="film") == bare
+
+
+def test_a_prefix_stands_for_no_token_of_a_chat():
+    bare = ids(features("chatml", "{user}{text} so {assistant}It is {mask}"), text="film")
+    for source in (
+        "{prefix:4}{user}{text} so {assistant}It is {mask}",
+        "{user}{text} so {prefix:4}{assistant}It is {mask}",
+    ):
+        assert ids(features("chatml", source), text="film") == bare
+
+
+@pytest.mark.parametrize(
+    ("name", "token"), [("bert", "[SEP]"), ("roberta", "</s>"), ("gpt2", "<|endoftext|>"), ("t5", "</s>")]
+)
+def test_a_special_token_is_the_tokenizers_own(name, token):
+    role = "sep" if name in ("bert", "roberta") else "eos"
+    f = features(name, f"the {{text}} {{special:{role}}} It was {{other}}", kind="encoder")
+    assert ids(f, text="film", other="good") == f.tokenizer(f"the film{token} It was good")["input_ids"]
+    assert ids(f, text="film " + token, other="good").count(f.tokenizer.convert_tokens_to_ids(token)) == (
+        ids(f, text="film", other="good").count(f.tokenizer.convert_tokens_to_ids(token))
+    )  # text is never a special token
+
+
+def test_a_special_token_stays_when_the_text_is_cut():
+    f = features("bert", "{text} {special:sep} {other} {mask}", max_length=9)
+    got = tokens(f, text="good " * 30, other="bad " * 30)
+    assert len(got) == 9
+    assert got.count("[SEP]") == 2
+    assert got.count("[MASK]") == 1
+
+
+def test_a_special_token_that_is_not_there_is_an_error_that_names_those_there_are():
+    with pytest.raises(TemplateError, match=r"the tokenizer has no bos token for {special:bos}; of these it has "):
+        features("bert", "{special:bos} {text} {mask}")
+
+
+def test_a_left_to_right_model_sees_no_special_token_behind_its_answer():
+    f = features("gpt2", "{text}{special:eos} It was {mask}")
+    assert f.tokenizer.eos_token_id in ids(f, text="a film")
+    with pytest.raises(TemplateError, match="does not see what stands after {mask}, got a special token there"):
+        features("gpt2", "{text} {mask}{special:eos}")

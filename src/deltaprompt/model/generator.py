@@ -25,7 +25,7 @@ from deltaprompt.model.decoding import Decoding, decoded, drawn_from
 from deltaprompt.model.generation import Chat, Generation
 from deltaprompt.model.model import Model, at_answers, evaluating
 from deltaprompt.model.packing import check_packing
-from deltaprompt.model.reader import placed
+from deltaprompt.model.reader import of_template, placed
 from deltaprompt.model.virtual import begin_from_words, check_room
 from deltaprompt.types import Batch, Example, Message
 
@@ -73,8 +73,8 @@ class Generator(nn.Module):
 
     @property
     def chosen(self) -> tuple[Delta, ...]:
-        """The deltas that were asked for; the soft tokens of a prompt are one more, the first of all."""
-        return self.adapted.deltas[1 if self.features.soft_rows else 0 :]
+        """The deltas that were asked for; those that the prompt's template asks for come before them."""
+        return self.adapted.deltas[len(of_template(self.features)) :]
 
     @property
     def packed(self) -> bool:
