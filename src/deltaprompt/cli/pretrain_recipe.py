@@ -17,7 +17,7 @@ OWN = ("learning_rate", "weight_decay")  # keys of [[deltas]] that are no option
 
 
 @dataclass(frozen=True)
-class Pretrained:
+class Existing:
     """`[backbone]`: a pretrained model to go on with."""
 
     name: str
@@ -47,7 +47,7 @@ class Pieces:
 class PretrainRecipe:
     """All that `deltaprompt pretrain` needs."""
 
-    backbone: Pretrained | New
+    backbone: Existing | New
     tokenizer: Pieces
     data: tuple[Texts, ...]
     dev: tuple[Texts, ...]
@@ -69,9 +69,9 @@ def build(given: Mapping[str, Any]) -> PretrainRecipe:
             f"it has {'both' if 'model' in given else 'neither'}"
         )
     tokenizer = _pieces(given)
-    backbone: Pretrained | New
+    backbone: Existing | New
     if "backbone" in given:
-        backbone = _with_name(table_of(Pretrained, _named(given["backbone"], "[backbone]", "name"), "[backbone]"))
+        backbone = _with_name(table_of(Existing, _named(given["backbone"], "[backbone]", "name"), "[backbone]"))
     else:
         backbone = _new(_named(given["model"], "[model]", "type"))
     return PretrainRecipe(
@@ -92,7 +92,7 @@ def _named(given: object, where: str, key: str) -> Mapping[str, Any]:
     return given
 
 
-def _with_name(backbone: Pretrained) -> Pretrained:
+def _with_name(backbone: Existing) -> Existing:
     if not backbone.name:
         raise ConfigError("[backbone] name is empty; give a folder, a name on the hub, or demo")
     return backbone

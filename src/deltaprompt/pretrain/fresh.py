@@ -17,11 +17,6 @@ from deltaprompt.pretrain.pretraining import Kind
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
-CLASSES: Mapping[Kind, str] = {
-    "masked": "AutoModelForMaskedLM",
-    "causal": "AutoModelForCausalLM",
-    "spans": "AutoModelForSeq2SeqLM",
-}
 SENTINELS = 100  # as many as T5 has
 TEXT_END = "<|endoftext|>"  # GPT-2's
 FROM_TOKENIZER = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
@@ -52,16 +47,13 @@ def new_backbone(
     Raises:
         ConfigError: an unknown architecture or field, or sizes that do not go together.
     """
-    import transformers
-
     objective = objective_for(type, objective)
     config = _config(type, tokenizer, dict(sizes or {}))
-    made = vars(transformers)[CLASSES[objective]]
     options = {"attn_implementation": attention} if attention else {}
     with quiet(), torch.random.fork_rng([]):
         torch.manual_seed(seed)
         try:
-            model = made.from_config(config, **options).float()
+            model = _classes()[objective].from_config(config, **options).float()
         except (ValueError, TypeError, RuntimeError, AssertionError) as e:
             raise ConfigError(f"a model of type {type!r} cannot be made with these sizes: {_line(e)}") from e
     model.eval()
@@ -71,13 +63,12 @@ def new_backbone(
 
 def objective_for(type: str, objective: Kind | None = None) -> Kind:
     """The objective that an architecture is trained for, where it is that which is asked for or none is."""
-    import transformers
     from transformers import CONFIG_MAPPING
 
     if type not in CONFIG_MAPPING:
         raise ConfigError(f"no architecture {type!r}{nearest(type, CONFIG_MAPPING.keys())}")
     config = CONFIG_MAPPING[type]
-    kinds = [kind for kind, name in CLASSES.items() if config in vars(transformers)[name]._model_mapping]
+    kinds = [kind for kind, made in _classes().items() if config in made._model_mapping]
     kinds = ["spans"] if "spans" in kinds else kinds
     if not kinds or objective not in (None, *kinds):
         possible = " or ".join(kinds) or "none: it is no language model"
@@ -124,6 +115,17 @@ def byte_level(documents: Iterable[str], pieces: int, objective: Kind) -> PreTra
     if objective == "masked":  # it takes the blank in front of it, which is part of the piece that it hides
         options["mask_token"] = AddedToken(names["mask_token"], lstrip=True, special=True, normalized=False)
     return PreTrainedTokenizerFast(tokenizer_object=core, clean_up_tokenization_spaces=False, **options)
+
+
+def _classes() -> dict[Kind, Any]:
+    """What makes a model for an objective from a config."""
+    import transformers
+
+    return {
+        "masked": transformers.AutoModelForMaskedLM,
+        "causal": transformers.AutoModelForCausalLM,
+        "spans": transformers.AutoModelForSeq2SeqLM,
+    }
 
 
 def _special(objective: Kind) -> dict[str, str]:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from deltaprompt import registry
 from deltaprompt.backbone import Backbone
-from deltaprompt.backbone.demo import DELTAS
 from deltaprompt.backbone.load import quiet
 from deltaprompt.deltas._base import Delta
 from deltaprompt.errors import ConfigError
@@ -23,6 +22,7 @@ from deltaprompt.trainer.run import finite
 
 RECORD = "pretraining.json"
 DELTA = "delta.safetensors"
+LEARNED = "learned"  # in the metadata of that file: JSON, the deltas and the backbone that they were trained on
 SCHEMA = 1
 LARGEST = torch.finfo(torch.float16).max
 
@@ -77,9 +77,10 @@ def keep(
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
     if learned:
-        told = [registry.describe("deltas", delta) for delta in deltas]
-        metadata = {DELTAS: json.dumps(told), **{name: str(settings[name]) for name in ("backbone", "fingerprint")}}
-        save_file({name: t.contiguous() for name, t in learned.items()}, out / DELTA, metadata)
+        told = {name: settings[name] for name in ("backbone", "fingerprint")}
+        told["deltas"] = [registry.describe("deltas", delta) for delta in deltas]
+        own = {name: t.contiguous() for name, t in learned.items()}
+        save_file(own, out / DELTA, {LEARNED: json.dumps(told)})  # one key: their order is another each time
     record = {"schema": SCHEMA, **run.as_json(), "sources": list(sources), "settings": dict(settings)}
     part = out / f".{RECORD}"
     part.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -185,7 +185,8 @@ class Loop:
     def _evaluate(self) -> None:
         """Looks at dev, and begins a new line of the history."""
         state, a, size = self.state, self.accelerator, self.p.batch_size
-        dev = {name: measured(self.scorer, self.objective, rows, size, a.autocast) for name, rows in self.dev.items()}
+        asked = self.objective.for_dev()
+        dev = {name: measured(self.scorer, asked, rows, size, a.autocast) for name, rows in self.dev.items()}
         rate = self.groups[0].learning_rate * self.p.factor(state.step - 1)
         loss = math.fsum(state.losses) / len(state.losses)
         best = max((mean(entry["dev"])["accuracy"] for entry in state.history if entry["dev"]), default=-1.0)

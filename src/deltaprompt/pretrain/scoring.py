@@ -74,7 +74,7 @@ def measured(
     autocast: Callable[[], AbstractContextManager[None]],
 ) -> dict[str, float]:
     """Accuracy and mean loss of the tokens that are guessed in rows [n, room]; always the same ones are hidden."""
-    hidden = objective.for_dev().scored(rows.long(), torch.Generator().manual_seed(0))
+    hidden = objective.scored(rows.long(), torch.Generator().manual_seed(0))
     device = next(scorer.parameters()).device
     loss, right, tokens = 0.0, 0, 0
     for first in range(0, len(rows), batch_size):
