@@ -34,7 +34,7 @@ class Prompted:
 
     def log_likelihood(self, last: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
         """Σ_i log p(id_i | prompt, id_<i) [b, w] of answers ids [w, t] and lengths [w]; `last` [b, d] reads id_0."""
-        scores = log_softmax(self._head.logits(last[:, None]).float(), dim=-1)[:, 0, ids[:, 0]]  # [b, w]
+        scores = _log_p(self._head.logits(last[:, None]))[:, 0, ids[:, 0]]  # [b, w]
         rows, later, longer = len(last), ids.shape[1] - 1, (lengths > 1).nonzero()[:, 0]
         scores_a_word = rows * max(later, 1) * self._head.size
         tokens_a_word = rows * (self.states.shape[1] + later)
@@ -56,7 +56,7 @@ class Prompted:
         states = states.unflatten(0, (rows, words)).flatten(
             1, 2
         )  # [b, w * (t - 1), d]: the head's rows are the prompts
-        every = log_softmax(self._head.logits(states).float(), dim=-1).unflatten(1, (words, longest - 1))
+        every = _log_p(self._head.logits(states)).unflatten(1, (words, longest - 1))
         each = every.gather(-1, ids[:, 1:, None].expand(rows, -1, -1, -1))[..., 0]  # [b, w, t - 1]
         inside = torch.arange(1, longest, device=ids.device) < lengths[:, None]  # [w, t - 1]
         return each.masked_fill(~inside, 0.0).sum(-1)
@@ -128,3 +128,8 @@ def prompted(
     length = states.shape[1] + (0 if begun is None else begun.length)
     cache = kept if even and is_whole(kept, length) else None
     return Prompted(backbone, states, inputs, cache, encoded, repeated)
+
+
+def _log_p(scores: Tensor) -> Tensor:
+    """log softmax over the vocabulary, in float32 or better."""
+    return log_softmax(scores.to(torch.promote_types(scores.dtype, torch.float32)), dim=-1)

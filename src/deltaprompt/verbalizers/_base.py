@@ -112,8 +112,8 @@ class Trained(ABC):
 
 
 def without_prior(w: Weights, words: Tensor) -> Tensor:
-    """log p(word | prompt) − log of its prior, normalised over the words: [b, u]; without calibration as given."""
-    return functional.log_softmax(normalised(words) - w[PRIOR].float(), -1) if PRIOR in w else words
+    """log p(word | prompt) − log of its prior, normalised over the words: [b, u]; the former alone without a prior."""
+    return normalised(normalised(words) - w[PRIOR].to(words.device)) if PRIOR in w else normalised(words)
 
 
 def normalised(scores: Tensor) -> Tensor:

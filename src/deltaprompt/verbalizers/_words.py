@@ -101,14 +101,13 @@ def of_classes(words: Tensor, member: Tensor, mean: Mean, weights: Tensor | None
     """Class scores [b, c] from words' [b, u]: log of the weighted mean of p, or the weighted mean of log p.
 
     Args:
-        words: log p of each word.
+        words: log p of each word, up to a constant of the row.
         member: which words are a class's, [c, u].
         mean: "arithmetic": log Σ α_v p_v; "geometric": Σ α_v log p_v.
         weights: log α_v up to a constant of the class, [u] or one a row [b, u]; all alike where not given. -inf leaves
             a word out.
     """
-    words = words.float()
-    log_alpha = words.new_zeros(words.shape[-1]) if weights is None else weights.float()
+    log_alpha = words.new_zeros(words.shape[-1]) if weights is None else weights.to(words.dtype)
     each = log_alpha.unsqueeze(-2).masked_fill(~member, -torch.inf)  # [c, u] or [b, c, u]
     each = each - each.logsumexp(-1, keepdim=True)
     if mean == "arithmetic":
@@ -141,11 +140,11 @@ def one_mask(s: Setting, what: str = "label words answer") -> None:
 
 def _at_masks(logits: LogitsOf, hidden: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
     """Σ_i log p(token i | at mask i), each word in the variant with as many masks as it has tokens: [b, u]."""
-    made = hidden.new_empty(hidden.shape[0], len(ids), dtype=torch.float32)
+    made = hidden.new_empty(hidden.shape[0], len(ids), dtype=torch.promote_types(hidden.dtype, torch.float32))
     for variant, length in enumerate(lengths.unique().tolist()):
         which = (lengths == length).nonzero()[:, 0]
         states = hidden[:, variant, :length]  # [b, t, d]
         every = normalised(logits(states, None))  # [b, t, vocabulary], at the masks only
         chosen = ids[which, :length].T.expand(len(hidden), -1, -1)  # [b, t, u']
-        made = made.index_copy(1, which, every.gather(-1, chosen).sum(1).float())
+        made = made.index_copy(1, which, every.gather(-1, chosen).sum(1).to(made.dtype))
     return made

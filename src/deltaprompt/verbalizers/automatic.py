@@ -15,14 +15,22 @@ from torch import Tensor
 from deltaprompt.errors import ConfigError
 from deltaprompt.params import Param, Weights, zeros
 from deltaprompt.types import AtMask
-from deltaprompt.verbalizers._base import Setting, Started, Verbalizer, class_means, each_has_examples
+from deltaprompt.verbalizers._base import (
+    Setting,
+    Started,
+    Verbalizer,
+    Worded,
+    class_means,
+    each_has_examples,
+    without_prior,
+)
 from deltaprompt.verbalizers._words import Mean, of_classes, one_mask, vocabulary
 
 LEAST = 1e-30  # of 1 − p, where one word has all of it
 
 
 @dataclass(frozen=True)
-class Automatic(Verbalizer, Started):
+class Automatic(Verbalizer, Worded, Started):
     """The words of each class are chosen from the vocabulary's whole words; nothing else is trained.
 
     Args:
@@ -55,6 +63,9 @@ class Automatic(Verbalizer, Started):
         classes = len(s.labels)
         return {"member": torch.eye(classes, dtype=torch.bool).repeat_interleave(self.size, 1)}  # [c, c * size]
 
+    def units(self, s: Setting) -> int:
+        return self.size * len(s.labels)
+
     def texts(self, s: Setting) -> Sequence[str]:
         return []
 
@@ -83,10 +94,12 @@ class Automatic(Verbalizer, Started):
         others = (own * counts).sum(0) - own * counts
         return own - others / (counts.sum() - counts)
 
-    def scores(self, w: Weights, s: Setting, at: AtMask) -> Tensor:
+    def word_scores(self, w: Weights, s: Setting, at: AtMask) -> Tensor:
         every, ids = vocabulary(at), w["ids"].long().flatten(-2)  # [c * size], or one set a row
-        words = every[:, ids] if ids.ndim == 1 else every.gather(-1, ids)
-        return of_classes(words, w["member"], self.mean)
+        return every[:, ids] if ids.ndim == 1 else every.gather(-1, ids)
+
+    def scores(self, w: Weights, s: Setting, at: AtMask) -> Tensor:
+        return of_classes(without_prior(w, self.word_scores(w, s, at)), w["member"], self.mean)
 
 
 def _best(scores: Tensor, size: int) -> Tensor:

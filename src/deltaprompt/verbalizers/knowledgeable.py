@@ -81,9 +81,7 @@ class Knowledgeable(Verbalizer, Answers, Worded, Started):
         member, (words, every) = known["member"], support.tensor_split([len(known["ids"])], dim=1)
         every = every.mean(0)  # [V]
         name = member.int().argmax(-1)  # [c], the first word of each class
-        rank = torch.empty_like(every).scatter(
-            0, every.argsort(), torch.arange(len(every), device=every.device).float()
-        )
+        rank = every.argsort().argsort().float()  # 0 for the least likely token
         inside = torch.arange(known["ids"].shape[1], device=every.device) < known["lengths"][:, None]  # [u, t]
         lowest = rank[known["ids"]].masked_fill(~inside, torch.inf).amin(-1)
         kept = lowest >= self.frequency * len(every)
