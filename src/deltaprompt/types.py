@@ -23,13 +23,19 @@ class Example:
     """One row of data: its named text fields and, where known, its label's name.
 
     What is to be generated is a field too, or, where several texts are right, its `references`; a conversation is its
-    `messages`.
+    `messages`. A row of a task that may give several labels has `labels` in place of a label.
     """
 
     fields: Mapping[str, str]
     label: str | None = None
     references: tuple[str, ...] = ()
     messages: tuple[Message, ...] = ()
+    labels: tuple[str, ...] = ()
+
+    @property
+    def gold(self) -> tuple[str, ...]:
+        """Its labels, one or several; none where they are not known."""
+        return self.labels or (() if self.label is None else (self.label,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +48,7 @@ class Batch:
     inputs: Mapping[str, Tensor]  # input_ids, attention_mask [b*v, s]; decoder_input_ids [b*v, t]
     answer_at: Tensor  # [b*v, m] positions in the states that are read; -1 where a row has fewer
     variants: int = 1  # v
-    labels: Tensor | None = None  # [b] class indices
+    labels: Tensor | None = None  # [b] class indices; where rows may have several, [b, c] which are right
     index: Tensor | None = None  # [b] rows of the data set, so that sorted batches can be put back in order
     targets: Tensor | None = None  # [b, m] the ids that the states at `answer_at` are to give; -1 where a row has fewer
 

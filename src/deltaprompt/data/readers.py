@@ -4,7 +4,8 @@
   where one of these is missing (no value, blank, NaN) is an error. `text=None` asks for no text column.
 - Every other column that holds a string, number or boolean is a field under its own name; the rest is left out. What
   an object within a row holds has a dotted name: `{"meta": {"word": "a"}}` is the column "meta.word".
-- The column `label` is the label, never a field (unless `fields` maps one to it). 1.0 is written "1", True "true".
+- The column `label` is the label, never a field (unless `fields` maps one to it). 1.0 is written "1", True "true". A
+  list there (JSON, Parquet) holds labels that are right together.
 
 Errors name the line a record starts on (.csv, .tsv, .jsonl, .txt), else the row's number. Text is UTF-8, BOM or not.
 """
@@ -86,11 +87,11 @@ def read_texts(
 
 def labels_of(examples: Iterable[Example]) -> tuple[str, ...]:
     """The class names, sorted: as numbers where all of them are integers, else as strings."""
-    names = set()
+    names = set[str]()
     for number, example in enumerate(examples, 1):
-        if example.label is None:
+        if not example.gold:
             raise DataError(f"example {number} has no label; read the data with labelled=True")
-        names.add(example.label)
+        names.update(example.gold)
     if all(name.removeprefix("-").isdecimal() for name in names):
         return tuple(sorted(names, key=lambda name: (int(name), name)))
     return tuple(sorted(names))
@@ -124,7 +125,21 @@ def _example(row: Row, asked: _Asked) -> Example:
     fields |= {name: value for name, value in others.items() if value is not None}
     if not fields:
         raise DataError(f"{row.at}: no column holds a text{listing('text', row.values)}")
-    return Example(fields, _label(row, asked.label) if asked.labelled and asked.label is not None else None)
+    if not asked.labelled or asked.label is None:
+        return Example(fields)
+    if isinstance(row.values.get(asked.label), list):
+        return Example(fields, labels=labels(row, asked.label))
+    return Example(fields, _label(row, asked.label))
+
+
+def labels(row: Row, column: str) -> tuple[str, ...]:
+    """The labels in a column that holds a list of them, each once."""
+    given = row.values[column]
+    each = [_label(Row(row.at, {column: value}), column) for value in given] if isinstance(given, list) else []
+    if not each:
+        got = f"column {column!r} holds {given!r:.60}"
+        raise _Missing(f"{row.at}: the label is missing: {got}; write one or more there, or remove the row")
+    return tuple(dict.fromkeys(each))
 
 
 def _label(row: Row, column: str) -> str:

@@ -7,7 +7,7 @@ Only `Random.random()` is drawn from, whose sequence Python keeps across version
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from random import Random
 from typing import TypeVar
 
@@ -16,28 +16,31 @@ from deltaprompt.errors import ConfigError, DataError
 from deltaprompt.types import Example
 
 T = TypeVar("T")
-Classes = dict[str, list[Example]]
 Dealt = tuple[list[Example], list[Example]]
 
 
 def few_shot(examples: Sequence[Example], shots: int, seed: int, dev: bool = True) -> Dealt:
     """`shots` rows of each class to train on and, with `dev`, up to as many others of each (never none) to choose by.
 
-    With one seed, the training rows of fewer shots are among those of more.
+    With one seed, the training rows of fewer shots are among those of more. Where rows have several labels, each label
+    takes its own, and a row that is taken by several is there once.
     """
     if shots < 1:
         raise ConfigError(f"shots={shots}: a few-shot sample takes 1 row of each class or more")
     classes = _by_class(examples)
     _check_counts({name: len(rows) for name, rows in classes.items()}, shots, dev)
-    return _deal(classes, seed, lambda count: (shots, min(shots, count - shots) if dev else 0))
+    return _deal(examples, classes.values(), seed, lambda count: (shots, min(shots, count - shots) if dev else 0))
 
 
 def split(examples: Sequence[Example], fraction: float, seed: int) -> Dealt:
-    """All rows as (train, dev): about `fraction` of each class is dev, at least one row of a class with two or more."""
+    """All rows as (train, dev): about `fraction` of each class is dev, at least one row of a class with two or more.
+
+    Where rows have several labels, those with the same labels are a class here.
+    """
     if not 0 < fraction < 1:
         raise ConfigError(f"fraction={fraction}: the dev set's share lies between 0 and 1, for example 0.1")
-    classes = _by_class(examples)
-    if max(map(len, classes.values())) < 2:
+    classes = _by_labels(examples)
+    if max(map(len, classes)) < 2:
         raise DataError(
             "every class has 1 row only, so none can go to the dev set; add rows, or train without a dev set"
         )
@@ -46,20 +49,30 @@ def split(examples: Sequence[Example], fraction: float, seed: int) -> Dealt:
         held_out = 0 if count < 2 else min(max(int(fraction * count + 0.5), 1), count - 1)
         return count - held_out, held_out
 
-    return _deal(classes, seed, sizes)
+    return _deal(examples, classes, seed, sizes)
 
 
-def _by_class(examples: Sequence[Example]) -> Classes:
-    """The rows of each class, classes in the order of `labels_of`."""
-    classes: Classes = {name: [] for name in labels_of(examples)}
+def _by_class(examples: Sequence[Example]) -> dict[str, list[int]]:
+    """The numbers of each class's rows, classes in the order of `labels_of`; one of several labels is of each."""
+    classes: dict[str, list[int]] = {name: [] for name in labels_of(examples)}
     if not classes:
         raise DataError("there are no rows to sample from; read some with labels first")
-    for example in examples:
-        classes[str(example.label)].append(example)
+    for number, example in enumerate(examples):
+        for name in example.gold:
+            classes[name].append(number)
     return classes
 
 
-def _check_counts(counts: dict[str, int], shots: int, dev: bool) -> None:
+def _by_labels(examples: Sequence[Example]) -> list[list[int]]:
+    """The numbers of the rows with the same labels, in the order of `labels_of`."""
+    order = {name: i for i, name in enumerate(_by_class(examples))}
+    classes: dict[tuple[int, ...], list[int]] = {}
+    for number, example in enumerate(examples):
+        classes.setdefault(tuple(sorted(order[name] for name in example.gold)), []).append(number)
+    return [classes[key] for key in sorted(classes)]
+
+
+def _check_counts(counts: Mapping[str, int], shots: int, dev: bool) -> None:
     """Every class has `shots` rows, and one more where there is a dev set."""
     needed = shots + dev
     short = sorted((name for name in counts if counts[name] < needed), key=counts.__getitem__)
@@ -82,17 +95,17 @@ def _ways_out(least: int, shots: int, dev: bool) -> str:
     return f"possible: {' or '.join([*ways, 'more rows of that class'])}"
 
 
-def _deal(classes: Classes, seed: int, sizes: Callable[[int], tuple[int, int]]) -> Dealt:
+def _deal(
+    examples: Sequence[Example], classes: Iterable[Sequence[int]], seed: int, sizes: Callable[[int], tuple[int, int]]
+) -> Dealt:
     """From each class, shuffled: first rows to train, next to dev, in the numbers that `sizes` gives for its count."""
     generator = Random(seed)
-    train: list[Example] = []
-    dev: list[Example] = []
-    for rows in classes.values():
-        mixed = _shuffled(rows, generator)
-        first, second = sizes(len(rows))
-        train += mixed[:first]
-        dev += mixed[first : first + second]
-    return _shuffled(train, generator), _shuffled(dev, generator)
+    mixed = [(_shuffled(rows, generator), *sizes(len(rows))) for rows in classes]
+    train = dict.fromkeys(number for rows, first, _ in mixed for number in rows[:first])
+    left = [([number for number in rows if number not in train], second) for rows, _, second in mixed]
+    dev = dict.fromkeys(number for rows, second in left for number in rows[:second])
+    dealt = [[examples[number] for number in _shuffled(list(some), generator)] for some in (train, dev)]
+    return dealt[0], dealt[1]
 
 
 def _shuffled(items: Sequence[T], generator: Random) -> list[T]:

@@ -58,12 +58,14 @@ def shifted(places: Sequence[Sequence[int]], rows: Sequence[Sequence[int]], left
     return padded(moved, -1)
 
 
-def classes(labels: Sequence[int | None]) -> Tensor | None:
-    """The classes of rows [b]; none where no row has one."""
+def classes(labels: Sequence[int | tuple[int, ...] | None], count: int = 0) -> Tensor | None:
+    """The classes of rows [b]; where each has several, which of `count` are right [b, c]. None where no row has one."""
     known = [label for label in labels if label is not None]
     if not known:
         return None
     if len(known) < len(labels):
         bare = len(labels) - len(known)
         raise DataError(f"{bare} of {len(labels)} rows have no label; give every row one, or none")
-    return torch.tensor(known, dtype=torch.long)
+    if not isinstance(known[0], tuple):
+        return torch.tensor(known, dtype=torch.long)
+    return torch.stack([torch.zeros(count, dtype=torch.bool).scatter(0, torch.tensor(own), True) for own in known])

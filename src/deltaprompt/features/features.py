@@ -62,6 +62,7 @@ class Encoded:
     label: int | None = None
     targets: tuple[int, ...] = ()  # the ids that the states at the one sequence's `at` are to give
     parts: tuple[int, ...] = ()  # of several texts in one sequence: the length of each
+    labels: tuple[int, ...] = ()  # the classes, where there may be several
 
     @property
     def length(self) -> int:
@@ -95,6 +96,7 @@ class Features:
     decoder_start_id: int | None = None
     sentinel: str | None = None  # what stands for the answer in an encoder-decoder's input; none: its mask token
     demonstrations: Demonstrations | None = None  # what a template with `{demos}` shows
+    several: bool = False  # whether an example may have several labels
 
     def __post_init__(self) -> None:
         if not self.answer_lengths or min(self.answer_lengths) < 1:
@@ -170,6 +172,13 @@ class Features:
             raise DataError(f"there is no label {label!r}{nearest(label, self.labels)}")
         return self._classes[label]
 
+    def classes_of(self, example: Example) -> tuple[int, ...]:
+        """The classes of an example's labels; none where they are not known."""
+        if len(example.gold) > 1 and not self.several:
+            got = ", ".join(example.gold)
+            raise DataError(f"an example has several labels, {got}, and the task gives one; give it several=True")
+        return tuple(self.label_index(label) for label in example.gold)
+
     # Demonstrations
 
     def shown(self, examples: Sequence[Example]) -> list[list[Example]]:
@@ -222,7 +231,7 @@ class Features:
             inputs=inputs,
             answer_at=shifted([row.at for row in rows], read, left),
             variants=len(rows) // max(len(encoded), 1),
-            labels=classes([one.label for one in encoded]),
+            labels=classes([one.labels or one.label for one in encoded], len(self.labels)),
             index=None if index is None else torch.tensor(index, dtype=torch.long),
         )
 
@@ -358,9 +367,10 @@ class Features:
         return [self._one(example, text) for example, text in zip(examples, texts, strict=True)]
 
     def _one(self, example: Example, text: Text) -> Encoded:
-        label = None if example.label is None else self.label_index(example.label)
+        found = self.classes_of(example)
         cut = fit(text.runs, self.max_length - text.around, text.around)
-        return Encoded(tuple(self._row(text.layout, cut, n) for n in self._masks_each), label)
+        rows = tuple(self._row(text.layout, cut, n) for n in self._masks_each)
+        return Encoded(rows, labels=found) if self.several else Encoded(rows, found[0] if found else None)
 
     def _row(self, layout: Layout, texts: list[list[int]], masks: int) -> Row:
         ids, at, text = list[int](), list[int](), iter(texts)

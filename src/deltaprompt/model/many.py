@@ -35,7 +35,7 @@ from deltaprompt.templates import parse
 from deltaprompt.types import Example
 
 # what tensors are for, of a record
-ASKED = ("template", "labels", "verbalizer", "calibration", "max_length", "deltas", "demonstrations")
+ASKED = ("template", "labels", "verbalizer", "calibration", "max_length", "deltas", "demonstrations", "several")
 VERBALIZER, DELTA = "verbalizer.", "delta."  # what the stored names of tensors begin with
 
 OTHERS = (
@@ -231,7 +231,7 @@ class Many:
         self._check_alone()
         entries = [self._entry(name) for name in names]
         found = self._probabilities(entries, [example_of(e) for e in examples], batch_size)
-        return [answer(e.task.names, p.tolist()) for e, p in zip(entries, found, strict=True)]
+        return [answer(e.task, p.tolist()) for e, p in zip(entries, found, strict=True)]
 
     @torch.inference_mode()
     def _probabilities(self, entries: Sequence[Entry], examples: Sequence[Example], batch_size: int) -> list[Tensor]:
@@ -255,7 +255,7 @@ class Many:
             repeated = one.repeated if one is not None and one.continues else None
             at = read(self.backbone, batch, repeated, more=None if one is None else one.asked.reading.later)
             for entry, own in _by(of):
-                each = entry.scorer(of_rows(at, own)).float().softmax(-1).cpu()
+                each = entry.scorer.probabilities(entry.scorer(of_rows(at, own))).cpu()
                 found |= zip([part[i] for i in own], each, strict=True)
         return found
 

@@ -19,9 +19,11 @@ from deltaprompt.deltas._base import Delta
 from deltaprompt.errors import ConfigError
 from deltaprompt.features import Encoded, Features
 from deltaprompt.model import starting
+from deltaprompt.model.label_metrics import measures
 from deltaprompt.model.reader import Reader, Scorer, check_alike, of_rows, of_template, placed
+from deltaprompt.model.several import LEAST, chosen
 from deltaprompt.model.showing import demonstrate, shows
-from deltaprompt.model.starting import label_of, unlabelled_of
+from deltaprompt.model.starting import check_labelled, unlabelled_of
 from deltaprompt.model.task import Task
 from deltaprompt.model.virtual import begin_from_words, check_room
 from deltaprompt.types import AtMask, Batch, Example
@@ -202,11 +204,14 @@ class Model(nn.Module):
     def predict(
         self, examples: Sequence[str | Mapping[str, str] | Example], batch_size: int = 32, slot: int = 0
     ) -> list[dict[str, Any]]:
-        """`{"label", "score", "scores"}` for each text: the likeliest label, its probability, and every label's."""
+        """`{"label", "score", "scores"}` for each text: the likeliest label, its probability, and every label's.
+
+        Of a task of several labels also `labels`: all whose probability is above 1/2, the likeliest first, never none.
+        """
         if isinstance(examples, str | Mapping | Example):
             raise ConfigError("predict takes a list, and got one text; write predict([text])")
         found = self.probabilities([example_of(e) for e in examples], batch_size, slot)
-        return [answer(self.task.names, p) for p in found.tolist()]
+        return [answer(self.task, p) for p in found.tolist()]
 
     @torch.inference_mode()
     def probabilities(self, examples: Sequence[Example], batch_size: int = 32, slot: int = 0) -> Tensor:
@@ -217,19 +222,18 @@ class Model(nn.Module):
         with evaluating(self):
             for batch in reader.features.batches(reader.features.encode(unlabelled_of(examples)), batch_size):
                 logits = self(batch.to(self.device), slot)["logits"]
-                out[batch.index] = logits.float().softmax(-1).cpu()
+                out[batch.index] = reader.scorer.probabilities(logits).cpu()
         return out
 
     def evaluate(self, examples: Sequence[Example], batch_size: int = 32, slot: int = 0) -> dict[str, float]:
-        """Accuracy and macro F1 on labelled examples."""
-        from sklearn.metrics import accuracy_score, f1_score
-
+        """Accuracy and macro F1 on labelled examples; of type paths and of several labels those of typing too."""
         if not examples:
             raise ConfigError("there are no examples to evaluate on")
-        gold = [self.features.label_index(label_of(e)) for e in examples]
-        predicted = self.probabilities(examples, batch_size, slot).argmax(-1).tolist()
-        macro = f1_score(gold, predicted, average="macro", labels=range(len(self.task.names)), zero_division=0.0)
-        return {"accuracy": float(accuracy_score(gold, predicted)), "macro_f1": float(macro)}
+        for example in examples:
+            check_labelled(example)
+        gold, task = [self.features.classes_of(example) for example in examples], self.task
+        found = chosen(self.probabilities(examples, batch_size, slot), task.several, LEAST)
+        return measures(task.names, gold, found, task.several)
 
     def _at(self, slot: int) -> Reader:
         """The reader of a slot that somebody named."""
@@ -355,11 +359,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def answer(names: Sequence[str], probabilities: Sequence[float]) -> dict[str, Any]:
-    """The likeliest label, its probability, and every label's."""
-    scores = dict(zip(names, probabilities, strict=True))
+def answer(task: Task, probabilities: Sequence[float]) -> dict[str, Any]:
+    """The likeliest label, its probability, and every label's; of several labels also those taken to be right."""
+    scores = dict(zip(task.names, probabilities, strict=True))
     label = max(scores, key=lambda name: scores[name])
-    return {"label": label, "score": scores[label], "scores": scores}
+    told = {"label": label, "score": scores[label], "scores": scores}
+    if not task.several:
+        return told
+    best = sorted((name for name in scores if scores[name] > LEAST), key=lambda name: -scores[name])
+    return {"labels": best or [label], **told}
 
 
 def example_of(given: str | Mapping[str, str] | Example) -> Example:

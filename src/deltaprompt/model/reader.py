@@ -16,6 +16,7 @@ from deltaprompt.deltas.prefix import Prefix
 from deltaprompt.deltas.soft_prompt import SoftPrompt
 from deltaprompt.errors import ConfigError
 from deltaprompt.features import Features
+from deltaprompt.model import several
 from deltaprompt.model.task import Task
 from deltaprompt.model.virtual import room
 from deltaprompt.params import Param, Weights, zeros
@@ -40,20 +41,32 @@ class Scorer(Stack):
         if calibration is not None:
             answers = verbalizer.units(setting) if isinstance(verbalizer, Worded) and of_words else len(setting.labels)
             params[PRIOR] = Param((answers,), zeros, trains=False)
+        if reading.task.several:
+            params[several.ODDS] = Param((len(setting.labels),), zeros)
         super().__init__(params, slots, routing, like)
         self.verbalizer = verbalizer
         self.setting = setting
         self.calibrated = calibration is not None
         self.of_words = of_words
+        self.several = reading.task.several
         self.constants = tuple(reading.constants)
         for name, tensor in reading.constants.items():
             self.register_buffer(name, tensor.to(like.device), persistent=False)
 
     def forward(self, at: AtMask) -> Tensor:
-        """Class scores [b, c]."""
+        """Class scores [b, c]; of several labels an example the logarithm of each one's odds."""
+        scores = self.of_one(at)
+        return several.log_odds(scores) + self.weights(len(scores))[several.ODDS] if self.several else scores
+
+    def of_one(self, at: AtMask) -> Tensor:
+        """Class scores [b, c] whose softmax is a distribution over the labels."""
         w = self.seen(at)
         scores = self.verbalizer.scores(w, self.setting, at)
         return normalised(scores) - w[PRIOR] if self.calibrated and not self.of_words else scores
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """How likely each label is, from class scores [b, c], in float32."""
+        return scores.float().sigmoid() if self.several else scores.float().softmax(-1)
 
     def answers(self, at: AtMask) -> Tensor:
         """Normalised log p of what a prior is over, before calibration: of words [b, u] or of classes [b, c]."""
@@ -63,7 +76,13 @@ class Scorer(Stack):
         return normalised(self.verbalizer.scores(w, self.setting, at))
 
     def loss(self, at: AtMask, scores: Tensor, classes: Tensor) -> Tensor:
-        """The loss of rows of one adaptation: the verbalizer's own, or the mean cross-entropy of their scores [b, c]."""
+        """The loss of rows of one adaptation: the verbalizer's own, or the mean cross-entropy of their scores [b, c].
+
+        Args:
+            classes: of the rows [b]; of several labels an example which are right [b, c].
+        """
+        if self.several:
+            return several.loss(scores, classes)
         if isinstance(self.verbalizer, Trained):
             return self.verbalizer.loss(self.seen(at), self.setting, at, scores, classes)
         return cross_entropy(scores.float(), classes)
@@ -89,6 +108,7 @@ class Reading:
     def of(cls, backbone: Backbone, task: Task, deltas: Sequence[Delta]) -> Reading:
         """On a backbone, to which nothing is attached, with deltas that will act, each an instance."""
         verbalizer = task.settled(backbone)
+        check_several(task, verbalizer)
         features = features_of(backbone, task, verbalizer, deltas)
         setting = setting_of(backbone, task, features)
         return cls(task, features, verbalizer, setting, verbalizer.constants(setting))
@@ -172,10 +192,22 @@ def features_of(backbone: Backbone, task: Task, verbalizer: Verbalizer, deltas: 
         prepend_soft=virtual,
         decoder_start_id=config.get("decoder_start_token_id"),
         sentinel=sentinel,
+        several=task.several,
     )
     if not isinstance(verbalizer, Answers):
         return features
     return replace(features, answer_lengths=verbalizer.answer_lengths(setting_of(backbone, task, features)))
+
+
+def check_several(task: Task, verbalizer: Verbalizer) -> None:
+    """What is made for one label an example is refused where there may be several."""
+    if task.several and isinstance(verbalizer, Trained):
+        raise ConfigError(
+            f"{type(verbalizer).__name__} has a loss of its own, for one label an example; for several choose another "
+            "verbalizer, such as label_words, hierarchical, soft or prototypes"
+        )
+    if task.several and parse(task.template).demos is not None:
+        raise ConfigError("a demonstration shows one label, and this task gives several; leave {demos} out")
 
 
 def setting_of(backbone: Backbone, task: Task, features: Features) -> Setting:
@@ -219,6 +251,10 @@ def check_alike(readers: Sequence[Reader]) -> None:
     """The tasks of one model have the same labels, and their templates ask for the same deltas, which are of all."""
     first = readers[0]
     for other in readers[1:]:
+        if other.task.several != first.task.several:
+            raise ConfigError(
+                "of the tasks of one model some give several labels and some one; put them in a model each"
+            )
         if other.task.names != first.task.names:
             raise ConfigError(
                 f"the tasks of one model have the same labels in the same order; got {list(first.task.names)} and "

@@ -249,6 +249,7 @@ def _task_told(model: Model, slot: int) -> dict[str, Any]:
         "calibration": None if calibration is None else described("calibrations", calibration),
         "demonstrations": None if shown is None else shown.as_json(),
         "max_length": reader.features.max_length,
+        **({"several": True} if reader.task.several else {}),
     }
 
 
@@ -282,7 +283,8 @@ def asked_of(record: Mapping[str, Any]) -> tuple[Task, list[Delta]]:
     deltas = [from_description("deltas", delta) for delta in record["deltas"]]
     asked = record.get("calibration")  # records of before there were any have none
     calibration = None if asked is None else from_description("calibrations", asked)
-    return Task(record["template"], record["labels"], verbalizer, record["max_length"], calibration), deltas
+    several = record.get("several", False)  # only those that may give several labels say so
+    return Task(record["template"], record["labels"], verbalizer, record["max_length"], calibration, several), deltas
 
 
 def not_made(record: Mapping[str, Any], folder: str | Path, why: DeltaPromptError) -> StoreError:

@@ -33,14 +33,17 @@ def start(
     if not isinstance(verbalizer, Started):
         return
     rows = list(examples) if verbalizer.labelled else [*examples, *unlabelled]
-    labels = [label_of(e) if verbalizer.labelled else e.label for e in rows]
-    classes = torch.tensor([-1 if label is None else features.label_index(label) for label in labels], dtype=torch.long)
+    for example in rows if verbalizer.labelled else []:
+        check_labelled(example)
+    each = [features.classes_of(example) or (-1,) for example in rows]
+    classes = torch.tensor([c for own in each for c in own], dtype=torch.long)
+    numbers = [i for i, own in enumerate(each) for _ in own]  # a row of several labels is one of each
     w, s = scorer.slot(place), scorer.setting
 
     def look(at: AtMask) -> Tensor:
         return verbalizer.observed(scorer.seen(at, False), s, at)
 
-    support = observed(model, features, rows, look, slot, batch_size)
+    support = observed(model, features, rows, look, slot, batch_size)[numbers]
     plain = _plain(model, features)
     described = [Example(dict.fromkeys(plain.template.fields, text)) for text in verbalizer.texts(s)]
     texts = observed(model, plain, described, pooled, slot, batch_size)
@@ -124,8 +127,7 @@ def unlabelled_of(examples: Iterable[Example]) -> list[Example]:
     return [Example(e.fields) for e in examples]
 
 
-def label_of(example: Example) -> str:
-    """An example's label, or an error where it has none."""
-    if example.label is None:
+def check_labelled(example: Example) -> None:
+    """An error where an example has no label."""
+    if not example.gold:
         raise ConfigError(f"an example has no label, {dict(example.fields)}; every one needs one here")
-    return example.label

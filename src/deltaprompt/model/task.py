@@ -24,6 +24,7 @@ class Task:
             otherwise `Prototypes` that start from the sentences and the training examples.
         max_length: tokens of a sequence at most; the backbone's own limit where not given.
         calibration: takes away what the model would answer anyway; none where not given.
+        several: whether an example may have several labels, each of which is then right or not by itself.
     """
 
     template: str
@@ -31,6 +32,7 @@ class Task:
     verbalizer: Verbalizer | None = None
     max_length: int | None = None
     calibration: Calibration | None = None
+    several: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:

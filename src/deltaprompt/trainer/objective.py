@@ -86,7 +86,7 @@ class Labelling(Objective):
     model: Model
 
     def check(self, name: str, examples: Sequence[Example]) -> None:
-        bare = next((i for i, e in enumerate(examples, 1) if e.label is None), None)
+        bare = next((i for i, e in enumerate(examples, 1) if not e.gold), None)
         if bare is not None:
             raise ConfigError(f"{name} example {bare} has no label; training needs one on each")
 
