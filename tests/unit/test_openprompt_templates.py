@@ -1,14 +1,19 @@
 """OpenPrompt's templates: every piece and option of the language, all files that came with it, and no code run."""
 
+import re
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 import deltaprompt as dp
 from deltaprompt.errors import TemplateError
+from deltaprompt.features import Features
 from deltaprompt.templates import Template, parse
+from deltaprompt.types import Example
+from tests.tokenizers_zoo import build
 
 
 @pytest.mark.parametrize(
@@ -215,6 +220,54 @@ def test_files_have_a_template_a_line(tmp_path: Path) -> None:
         Template.all_from_openprompt(path)
     with pytest.raises(TemplateError, match="absent.txt cannot be read as a file of templates"):
         Template.all_from_openprompt(tmp_path / "absent.txt")
+
+
+# Blanks, against OpenPrompt's own way: each piece is tokenised alone, with a blank where one stands before it
+
+PIECE = re.compile(r"(\{[^{}]*\})")
+KEYS = re.compile(r'"(placeholder|meta|special)": ?"([^"]+)"')
+
+
+def piecewise(line: str, tokenizer: PreTrainedTokenizerFast, fields: dict[str, str]) -> list[int]:
+    """The ids that OpenPrompt puts between the tokenizer's own special tokens."""
+    ids: list[int] = []
+    for at, text in enumerate(PIECE.split(line.rstrip())):
+        before = " " if at and ends_with_blank(line, PIECE.split(line.rstrip())[:at]) else ""
+        if at % 2 == 0:
+            blank = " " if text.startswith(" ") else before
+            words = blank + text.strip(" ") if text.strip(" ") else ""
+        elif found := KEYS.search(text):
+            kind, name = found.groups()
+            if kind == "special":
+                ids.append(tokenizer.convert_tokens_to_ids(tokenizer.special_tokens_map[f"{name.strip('<>')}_token"]))
+                continue
+            words = before + fields[f"meta.{name}" if kind == "meta" else name]
+        else:
+            ids.append(tokenizer.mask_token_id)
+            continue
+        ids += tokenizer(words, add_special_tokens=False)["input_ids"] if words else []
+    return ids
+
+
+def ends_with_blank(line: str, before: list[str]) -> bool:
+    """Whether a blank stands where these pieces of a line end."""
+    return line[: len("".join(before))].endswith(" ")
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_tokens_are_those_of_openprompts_pieces(name: str, data_dir: Path) -> None:
+    tokenizer, lines = build(name), 0
+    for path in sorted((data_dir / "verbalizers_templates").rglob("*templ*.txt")):
+        for line in path.read_text().splitlines():
+            if '"mask"' not in line or "soft" in line or "post_processing" in line:
+                continue
+            template = Template.from_openprompt(line.rstrip())
+            fields = {field: f"the {field.removeprefix('meta.')} was good" for field in template.fields}
+            features = Features(tokenizer, template, "masked", 400, ("a", "b"), soft_base=len(tokenizer))
+            got = features.encode([Example(fields)])[0].variants[0].ids
+            assert got[1:-1] == piecewise(line, tokenizer, fields), line
+            lines += 1
+    assert lines > 40
 
 
 # The files that came with OpenPrompt
