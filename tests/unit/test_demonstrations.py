@@ -105,9 +105,11 @@ def test_too_few():
         drawn(ASKED, ("text",), [], 0)
 
 
-def test_an_example_without_a_label_or_a_field():
+def test_an_example_without_one_label_or_a_field():
     with pytest.raises(DataError, match="example 10 has no label, and a demonstration shows one"):
         drawn(ASKED, ("text",), [*POOL, Example({"text": "a"})], 0)
+    with pytest.raises(DataError, match="example 1 has several labels, and a demonstration shows one"):
+        drawn(ASKED, ("text",), [Example({"text": "a"}, labels=("good", "bad")), *POOL], 0)
     with pytest.raises(TemplateError, match="the example has no field 'title'"):
         drawn(ASKED, ("text", "title"), POOL, 0)
 

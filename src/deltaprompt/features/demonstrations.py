@@ -135,10 +135,11 @@ def _distinct(examples: Sequence[Example], fields: Sequence[str]) -> list[Exampl
     """Each text once, with the label that it has first, and nothing but the fields that are used."""
     found: dict[tuple[str, ...], Example] = {}
     for i, example in enumerate(examples, 1):
-        if example.label is None:
-            raise DataError(f"example {i} has no label, and a demonstration shows one; give labelled examples")
+        if len(example.gold) != 1:
+            got = "several labels" if example.gold else "no label"
+            raise DataError(f"example {i} has {got}, and a demonstration shows one; give examples with one label each")
         texts = _texts(example, fields)
-        found.setdefault(texts, Example(dict(zip(fields, texts, strict=True)), example.label))
+        found.setdefault(texts, Example(dict(zip(fields, texts, strict=True)), example.gold[0]))
     return list(found.values())
 
 
