@@ -31,8 +31,8 @@ def rows(source: str, asked: DataTable, fields: Iterable[str], role: str) -> lis
     own = {key: column for key, column in asked.fields.items() if key != "text"}
     dropped: list[str] = []
     on_empty = dropped.append if asked.drop_empty else None
-    label = None if role == "unlabelled" else asked.label
-    found = read(name, text=text, label=label, fields=own, split=wanted, on_empty=on_empty)
+    labelled = role != "unlabelled"
+    found = read(name, text=text, label=asked.label, fields=own, split=wanted, labelled=labelled, on_empty=on_empty)
     if dropped:
         note(f"{source}: left out {len(dropped)} of {len(found) + len(dropped)} rows, the first: {dropped[0]}")
     return found

@@ -57,9 +57,7 @@ def fit(
     debug: options.Debug = False,
 ) -> None:
     """Adapt a backbone to a task, from a recipe, from options, or both (options win)."""
-    from deltaprompt.cli.grid import show as show_grid
     from deltaprompt.cli.recipe import build, overlaid, read_toml
-    from deltaprompt.trainer import GridResult
     from deltaprompt.trainer.accelerated import is_main
 
     chosen = build(overlaid({} if recipe is None else read_toml(recipe), _tables(context.params)))
@@ -75,6 +73,14 @@ def fit(
         raise
     if not is_main():  # of several processes (torchrun) one speaks
         return
+    _report(chosen, result, as_json)
+
+
+def _report(chosen: Recipe, result: SeedsResult | GridResult, as_json: bool) -> None:
+    """Prints what it came to."""
+    from deltaprompt.cli.grid import show as show_grid
+    from deltaprompt.trainer import GridResult
+
     if isinstance(result, GridResult):
         console.print_json(result.as_json()) if as_json else show_grid(result, chosen.grid.axes)
     elif as_json:

@@ -99,19 +99,7 @@ def fit_seeds(
     def train(model: Trainable) -> list[Run]:
         if not alone:
             return train_many(model, plans, together=together, out=out, resume=resume, progress=progress)
-        p = plans[0]
-        run = fit(
-            model,
-            p.train,
-            p.dev,
-            training=training,
-            seed=p.seed,
-            out=out,
-            resume=resume,
-            progress=progress,
-            unlabelled=unlabelled,
-        )
-        return [run]
+        return [_alone(model, plans[0], out, resume, progress)]
 
     folders = [] if out is None else [out] if alone else [out / plan.called for plan in plans]
     runs, scores = tested(make_model(seeds), train, folders, test)
@@ -123,6 +111,20 @@ def fit_seeds(
     if out is not None and not alone:
         written(out / SEEDS, result.as_json())
     return result
+
+
+def _alone(model: Trainable, plan: Plan, out: Path | None, resume: bool, progress: Progress | None) -> Run:
+    return fit(
+        model,
+        plan.train,
+        plan.dev,
+        training=plan.training,
+        seed=plan.seed,
+        out=out,
+        resume=resume,
+        progress=progress,
+        unlabelled=plan.unlabelled,
+    )
 
 
 # What a grid of cells shares
