@@ -3,6 +3,7 @@
 Training rows rank, other rows choose, test rows are looked at once, at the end.
 """
 
+from deltaprompt.search._draws import Draws
 from deltaprompt.search._result import Answer, Candidate, SearchResult, Table
 from deltaprompt.search._session import Score, Tuning
 from deltaprompt.search.label_words import WordSearch, label_words
@@ -12,6 +13,7 @@ from deltaprompt.search.templates import TemplateSearch, templates
 __all__ = [
     "Answer",
     "Candidate",
+    "Draws",
     "Lottery",
     "Score",
     "SearchResult",

@@ -17,7 +17,7 @@ from deltaprompt.model import Model, Task
 from deltaprompt.model.model import evaluating, read
 from deltaprompt.model.reader import of_rows
 from deltaprompt.types import Example
-from deltaprompt.verbalizers._base import Answers, Started, Verbalizer
+from deltaprompt.verbalizers._base import Verbalizer
 from deltaprompt.verbalizers.label_words import LabelWords
 from deltaprompt.verbalizers.soft import SoftVerbalizer
 
@@ -142,10 +142,10 @@ def _model(backbone: Backbone, tasks: Sequence[Task]) -> Iterator[Model]:
 
 def check_answers(verbalizer: Verbalizer) -> None:
     """An error where a verbalizer has to be trained before it answers."""
-    if not isinstance(verbalizer, Answers | Started):
+    if isinstance(verbalizer, SoftVerbalizer) and not verbalizer.words:
         raise ConfigError(
-            f"a search asks a frozen model, and {type(verbalizer).__name__} has to be trained before it answers; give "
-            "the task label words"
+            "a search asks a frozen model, and a soft verbalizer that begins from no words has to be trained before it "
+            "answers; give the task label words"
         )
 
 

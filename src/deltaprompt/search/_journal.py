@@ -73,12 +73,11 @@ def rows_told(rows: Sequence[Example]) -> str:
 
 
 def _line(name: str, value: Any) -> bytes:
-    told = json.dumps([name, value], ensure_ascii=False)
-    return json.dumps([_check(told), told], ensure_ascii=False).encode() + b"\n"
+    return json.dumps({"name": name, "value": value, "check": _check(name, value)}, ensure_ascii=False).encode() + b"\n"
 
 
-def _check(told: str) -> str:
-    return blake2b(told.encode(), digest_size=8).hexdigest()
+def _check(name: str, value: Any) -> str:
+    return blake2b(json.dumps([name, value]).encode(), digest_size=8).hexdigest()
 
 
 def _append(path: Path, line: bytes) -> None:
@@ -103,10 +102,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _checked(path: Path, number: int, line: bytes) -> tuple[str, Any]:
     try:
-        check, told = json.loads(line)
-        if check == _check(told):
-            name, value = json.loads(told)
-            return str(name), value
-    except (ValueError, TypeError, AttributeError):
+        told = json.loads(line)
+        if told["check"] == _check(told["name"], told["value"]):
+            return str(told["name"]), told["value"]
+    except (ValueError, TypeError, KeyError):
         pass
     raise StoreError(f"{path}, line {number}: it is damaged; start the search anew, without resume")

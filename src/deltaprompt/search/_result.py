@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import mean, pstdev
 from time import monotonic
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from deltaprompt.errors import DataError
 from deltaprompt.model import Task
 from deltaprompt.search._journal import rows_told
 from deltaprompt.search._null import best_of, permuted
-from deltaprompt.search._session import Score, Session
+from deltaprompt.search._session import Score, Session, told_of
 from deltaprompt.types import Example
 from deltaprompt.verbalizers.label_words import LabelWords
 
@@ -117,7 +117,7 @@ class SearchResult:
         s = self.session
         return {
             "search": self.search,
-            "backbone": {"name": s.backbone.name, "kind": s.backbone.kind, "fingerprint": s.backbone.fingerprint},
+            "backbone": {"name": s.backbone.name, **told_of(s.backbone, s.task)},
             "seed": s.seed,
             "options": dataclasses.asdict(s.options),  # type: ignore[call-overload]
             "tuning": None if s.tuning is None else dict(s.tuning.settings),
@@ -148,17 +148,18 @@ class SearchResult:
         return Table("Accuracy on the training rows that it was chosen by", ("", "train"), rows)
 
     def _shortlist(self) -> Table:
-        tuned = any(c.tuned for c in self.shortlist)
-        rows = [
-            (code(c.task.template), words_told(c.task), c.train.accuracy, c.dev.accuracy)
-            + ((c.tuned.accuracy,) if c.tuned else ())
-            for c in self.shortlist[:SHOWN]
+        shown = self.shortlist[:SHOWN]
+        tuned = any(c.tuned for c in shown)
+        columns = ("prompt", "train", "dev", *(["tuned dev"] if tuned else []))
+        prompts = prompts_told([c.task for c in shown])
+        rows: list[tuple[Cell, ...]] = [
+            (prompt, c.train.accuracy, c.dev.accuracy, *([c.tuned.accuracy] if c.tuned else []))
+            for prompt, c in zip(prompts, shown, strict=True)
         ]
-        columns = ("template", "words", "train", "dev", *(["tuned dev"] if tuned else []))
         return Table(f"The best {len(rows)}, in the order of the choice", columns, tuple(rows))
 
 
-SHOWN = 10  # of the shortlist, in the Markdown
+SHOWN: Final = 10  # of the shortlist, in the Markdown
 
 
 def settled(
@@ -233,21 +234,38 @@ def metrics(p: Tensor, classes: Tensor) -> dict[str, float]:
     return {"accuracy": float(accuracy_score(gold, predicted)), "macro_f1": float(macro)}
 
 
+MEASURES: Final[Mapping[str, Callable[[Answer], float | None]]] = {
+    "dev accuracy": lambda a: a.dev.accuracy,
+    "tuned dev accuracy": lambda a: a.tuned.accuracy if a.tuned else None,
+    "test accuracy": lambda a: a.test["accuracy"] if a.test else None,
+    "tuned test accuracy": lambda a: a.tuned_test["accuracy"] if a.tuned_test else None,
+}
+
+
 def answers_table(results: Sequence[SearchResult]) -> Table:
     """What the answers of one search came to, or of one on several draws: mean ± standard deviation."""
-    shown, rows = {"test accuracy": "test", "tuned test accuracy": "tuned_test"}, list[tuple[Cell, ...]]()
-    tuned = any(a.tuned for r in results for a in r.answers)
-    for number, answer in enumerate(results[0].answers):
-        own = [r.answers[number] for r in results if number < len(r.answers)]
-        cells: list[Cell] = [answer.name, _spread([a.dev.accuracy for a in own])]
-        if tuned:
-            cells.append(_spread([a.tuned.accuracy for a in own if a.tuned is not None]))
-        for name in shown.values() if tuned else ("test",):
-            cells.append(_spread([m["accuracy"] for a in own if (m := vars(a)[name]) is not None]))
-        alone = len(results) == 1 and len(answer.tasks) == 1
-        rows.append((*cells, f"{code(answer.tasks[0].template)} {words_told(answer.tasks[0])}" if alone else ""))
-    columns = ("", "dev accuracy", *(["tuned dev accuracy"] if tuned else []), *list(shown)[: 1 + tuned], "prompt")
-    return Table(f"{results[0].search} on {results[0].session.backbone.name}", columns, tuple(rows))
+    each = list(zip(*(r.answers for r in results), strict=False))
+    told = {
+        name: [[value for a in own if (value := measure(a)) is not None] for own in each]
+        for name, measure in MEASURES.items()
+    }
+    told = {name: values for name, values in told.items() if any(values)}
+    prompts = prompts_told([a.tasks[0] for a in results[0].answers])
+    rows = [
+        (own[0].name, *(_spread(values[n]) for values in told.values()), prompts[n] if len(own[0].tasks) == 1 else "")
+        for n, own in enumerate(each)
+    ]
+    if len(results) > 1:  # each chose its own
+        rows = [(*row[:-1], "") for row in rows]
+    return Table(f"{results[0].search} on {results[0].session.backbone.name}", ("", *told, "prompt"), tuple(rows))
+
+
+def prompts_told(tasks: Sequence[Task]) -> list[str]:
+    """Each task in a line: its template, its words, or both, whatever differs."""
+    words, templates = [words_told(task) for task in tasks], [code(task.template) for task in tasks]
+    if len(set(words)) == 1:
+        return templates
+    return words if len(set(templates)) == 1 else [f"{t} {w}" for t, w in zip(templates, words, strict=True)]
 
 
 def words_told(task: Task) -> str:

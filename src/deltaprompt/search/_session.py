@@ -20,6 +20,7 @@ from deltaprompt.backbone import Backbone
 from deltaprompt.errors import ConfigError, DataError, nearest
 from deltaprompt.features.batching import chunks
 from deltaprompt.model import Task
+from deltaprompt.model.saved import identity
 from deltaprompt.search._frozen import Frozen, check_answers, label_words
 from deltaprompt.search._journal import Journal, rows_told
 from deltaprompt.search._progress import bar
@@ -207,7 +208,7 @@ def begin(
         "options": dataclasses.asdict(options),  # type: ignore[call-overload]
         "task": repr(task),
         "seed": seed,
-        "backbone": f"{backbone.name} ({backbone.fingerprint})",
+        "backbone": told_of(backbone, task),
         "train": rows_told(train),
         "dev": rows_told(dev),
         "tuning": None if tuning is None else dict(tuning.settings),
@@ -215,6 +216,11 @@ def begin(
     }
     journal = Journal(None if out is None else Path(out), settings, resume)
     return Session(search, backbone, task, list(train), list(dev), options, seed, journal, tuning)
+
+
+def told_of(backbone: Backbone, task: Task) -> dict[str, Any]:
+    """What tells a backbone and its tokenizer, wherever its folder is."""
+    return {name: value for name, value in identity(backbone, task.template).items() if name != "name"}
 
 
 def check_counts(options: Any, **least: int) -> None:

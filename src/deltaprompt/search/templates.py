@@ -21,7 +21,7 @@ from deltaprompt.model.model import evaluating
 from deltaprompt.model.reader import Reading
 from deltaprompt.search._beam import Rows, Vocabulary, set_beam
 from deltaprompt.search._result import SearchResult, Table, Test, code, ranked_controls, settled
-from deltaprompt.search._session import Session, Tuning, begin, check_counts
+from deltaprompt.search._session import Session, Tuning, begin, check_counts, told_of
 from deltaprompt.search._shape import Shape, usual_shapes
 from deltaprompt.templates import parse
 from deltaprompt.types import Example
@@ -108,7 +108,7 @@ def templates(
     began = monotonic()
     vocabulary = Vocabulary.of(generator)
     shapes = [Shape.of(source) for source in options.shapes or usual_shapes(parse(task.template), backbone.kind)]
-    others = {"generator": f"{generator.name} ({generator.fingerprint})"}
+    others = {"generator": told_of(generator, task)}
     s = begin("templates", backbone, task, train, dev, options, seed, out, resume, tuning, others)
     words = {label: own[0] for label, own in s.words().items()}
     written: list[_Written] = []

@@ -1,0 +1,212 @@
+"""`deltaprompt search`: lottery prompts, label words and templates, each from a recipe with a table `[search]`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from deltaprompt.cli import console, options
+from deltaprompt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from deltaprompt.backbone import Backbone
+    from deltaprompt.cli.recipe import Recipe
+    from deltaprompt.model import Task
+    from deltaprompt.search import Draws, SearchResult, Tuning
+    from deltaprompt.types import Example
+
+OWN = ("search", "generator")  # tables that only these recipes have
+RESULT = "result"
+
+Recipe_ = Annotated[
+    Path, typer.Argument(help="A recipe, TOML, with a table [search]; options override it.", metavar="RECIPE.toml")
+]
+
+
+def search(
+    context: typer.Context,
+    recipe: Recipe_,
+    data: options.Train = None,
+    test: options.Test = None,
+    shots: options.Shots = None,
+    backbone: options.BackboneName = None,
+    device: options.Device = None,
+    seeds: options.Seeds = None,
+    out: options.Out = None,
+    resume: options.Resume = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Search for prompts that suit a model: lottery prompts, label words, templates; compared with chance."""
+    from deltaprompt.cli.recipe import build, overlaid, read_toml
+
+    tables = read_toml(recipe)
+    own = {name: tables.pop(name) for name in OWN if name in tables}
+    over = {
+        "backbone": {"name": backbone, "device": device},
+        "data": {"train": data, "test": test},
+        **{"shots": shots, "seeds": seeds, "out": out},
+    }
+    chosen = build(overlaid(tables, over))
+    if resume and chosen.out is None:
+        raise ConfigError("--resume needs --out, the folder of the search that was broken off")
+    try:
+        found = _run(chosen, own, "training" in tables, resume)
+    except KeyboardInterrupt as error:
+        if chosen.out is not None:
+            again = [word for word in sys.argv[1:] if word != "--resume"]
+            console.note(f"stopped by Ctrl-C; go on with: {shlex.join(['deltaprompt', *again, '--resume'])}")
+            raise typer.Exit(console.INTERRUPTED) from error
+        raise
+    console.print_json(found.as_json()) if as_json else print(found.markdown(), flush=True)
+
+
+def _run(recipe: Recipe, own: Mapping[str, Any], trains: bool, resume: bool) -> Draws:
+    """Searches on every seed's rows, and only then reads the test rows."""
+    from deltaprompt.backbone import load
+    from deltaprompt.cli.data import Deal, fields_of, rows, training_file
+    from deltaprompt.cli.task import task_for
+    from deltaprompt.data import labels_of
+    from deltaprompt.data.formats import HUB
+    from deltaprompt.search import Draws
+
+    kind, options = _search_of(own, recipe, trains)
+    source, fields, test = training_file(recipe), fields_of(recipe), recipe.data.test
+    if test is not None and not test.startswith(HUB) and not Path(test).is_file():
+        raise ConfigError(f"there is no file of test rows {test!r}; mend test in [data], or leave it out")
+    train = rows(source, recipe.data, fields, "train")
+    dev = None if recipe.data.dev is None else rows(recipe.data.dev, recipe.data, fields, "dev")
+    b = recipe.backbone
+    backbone = load(b.name, kind=b.kind, device=b.device, dtype=b.dtype, attention=b.attention, revision=b.revision)
+    generator = _generator(own, b.device) if kind == "templates" else None
+    task, deal = task_for(recipe.task, backbone, labels_of(train)), Deal(recipe, train, dev)
+    out, found = None if recipe.out is None else Path(recipe.out), []
+    for seed in recipe.seeds:
+        draw = deal(seed)
+        folder = None if out is None else out / f"seed-{seed}"
+        console.note(f"{kind} on {b.name}, seed {seed}: {len(draw[0])} training rows, {len(draw[1] or [])} dev rows")
+        tuning = _tuning(recipe, backbone, seed)
+        found.append(_searched(kind, options, backbone, generator, task, draw, seed, tuning, folder, resume))
+        _write(folder, found[-1])
+    if test is not None:
+        held = rows(test, recipe.data, fields, "test")
+        found = [_measured(result, held, out) for result in found]
+    draws = Draws(tuple(found))
+    _write(out, draws)
+    return draws
+
+
+def _search_of(own: Mapping[str, Any], recipe: Recipe, trains: bool) -> tuple[str, Any]:
+    """The name of the search and its options, checked against the rest of the recipe."""
+    from deltaprompt import registry
+
+    table = own.get("search")
+    if not isinstance(table, Mapping):
+        known = ", ".join(registry.variants("search"))
+        raise ConfigError(f"the recipe has no table [search]; give one, with kind = one of {known}")
+    options, kind = registry.from_description("search", table), str(table["kind"])
+    if kind == "lottery" and recipe.deltas:
+        raise ConfigError("lottery prompts are tried on a frozen model; leave [[deltas]] out, or search label_words")
+    if trains and not recipe.deltas:
+        raise ConfigError("[training] says how candidates are tuned, and no [[deltas]] say what trains; give some")
+    if "generator" in own and kind != "templates":
+        raise ConfigError(f"[generator] writes templates, and this search is {kind}; leave it out")
+    return kind, options
+
+
+def _generator(own: Mapping[str, Any], device: str | None) -> Backbone:
+    from deltaprompt.backbone import load
+    from deltaprompt.cli.recipe import BackboneTable, build
+
+    table = own.get("generator")
+    if not isinstance(table, Mapping) or "name" not in table:
+        raise ConfigError(
+            "templates are written by an encoder-decoder with sentinels; give the recipe [generator] with its name: "
+            "t5-small, or a folder"
+        )
+    g: BackboneTable = build({"backbone": dict(table)}).backbone
+    device = g.device or device
+    return load(g.name, kind=g.kind, device=device, dtype=g.dtype, attention=g.attention, revision=g.revision)
+
+
+def _searched(
+    kind: str,
+    options: Any,
+    backbone: Backbone,
+    generator: Backbone | None,
+    task: Task,
+    draw: tuple[Sequence[Example], Sequence[Example] | None],
+    seed: int,
+    tuning: Tuning | None,
+    out: Path | None,
+    resume: bool,
+) -> SearchResult:
+    """One search on one draw, without test rows."""
+    from deltaprompt.search import label_words, lottery, templates
+
+    train, dev = draw[0], draw[1] or []
+    if kind == "lottery":
+        return lottery(backbone, task, train, dev, options=options, seed=seed, out=out, resume=resume)
+    if generator is None:
+        return label_words(
+            backbone, task, train, dev, options=options, seed=seed, tuning=tuning, out=out, resume=resume
+        )
+    return templates(
+        backbone, generator, task, train, dev, options=options, seed=seed, tuning=tuning, out=out, resume=resume
+    )
+
+
+def _tuning(recipe: Recipe, backbone: Backbone, seed: int) -> Tuning | None:
+    """How candidates are tuned: all of a block in common passes, each by itself."""
+    import dataclasses
+
+    import torch
+
+    from deltaprompt.model import Model
+    from deltaprompt.search import Tuning
+    from deltaprompt.trainer import Plan, Silent, fit_many
+
+    if not recipe.deltas:
+        return None
+    deltas = recipe.deltas
+
+    def run(
+        tasks: Sequence[Task], train: Sequence[Example], dev: Sequence[Example], asked: Sequence[Example]
+    ) -> Tensor:
+        model = Model(backbone, tasks, deltas, [seed] * len(tasks))
+        plans = [Plan(train, dev, recipe.training, seed, name=str(n)) for n in range(len(tasks))]
+        try:
+            fit_many(model, plans, together=recipe.together, progress=Silent())
+            return torch.stack([model.probabilities(asked, slot=slot) for slot in range(len(tasks))])
+        finally:
+            model.adapted.remove()
+
+    return Tuning(run, {"deltas": repr(deltas), "training": dataclasses.asdict(recipe.training), "seed": seed})
+
+
+def _measured(result: SearchResult, test: Sequence[Example], out: Path | None) -> SearchResult:
+    measured = result.measured(test)
+    seen = measured.looked_at["test"]["also in train or dev"]
+    if seen:
+        console.note(f"{seen} test rows are also among the rows that seed {result.session.seed} chose by")
+    _write(None if out is None else out / f"seed-{result.session.seed}", measured)
+    return measured
+
+
+def _write(folder: Path | None, found: SearchResult | Draws) -> None:
+    """The result as JSON and as Markdown; each file is whole or not there."""
+    if folder is None:
+        return
+    texts = {"json": json.dumps(found.as_json(), ensure_ascii=False, indent=1), "md": found.markdown()}
+    for ending, text in texts.items():
+        part = folder / f".{RESULT}.{ending}"
+        part.write_text(text + "\n", encoding="utf-8")
+        part.replace(folder / f"{RESULT}.{ending}")
