@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from deltaprompt.cli import console, options
+from deltaprompt.cli import console, options, writing
 from deltaprompt.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from deltaprompt.cli.recipe import Recipe
     from deltaprompt.deltas._base import Delta
@@ -37,6 +37,9 @@ def fit(
     describe: options.Describe = None,
     verbalizer: options.VerbalizerOption = None,
     calibration: options.CalibrationOption = None,
+    generate: options.Generate = None,
+    target: options.Target = None,
+    chat: options.ChatFlag = False,
     max_length: options.MaxLength = None,
     backbone: options.BackboneName = None,
     delta: options.Deltas = None,
@@ -60,7 +63,8 @@ def fit(
     from deltaprompt.cli.recipe import build, overlaid, read_toml
     from deltaprompt.trainer.accelerated import is_main
 
-    chosen = build(overlaid({} if recipe is None else read_toml(recipe), _tables(context.params)))
+    tables = {} if recipe is None else read_toml(recipe)
+    chosen = build(overlaid(tables, _tables(context.params, tables)))
     if resume and chosen.out is None:
         raise ConfigError("--resume needs --out, the folder of the run that was broken off")
     try:
@@ -85,29 +89,33 @@ def _report(chosen: Recipe, result: SeedsResult | GridResult, as_json: bool) -> 
         console.print_json(result.as_json()) if as_json else show_grid(result, chosen.grid.axes)
     elif as_json:
         console.print_json(result.as_json() | {"test": result.test or None})
+    elif chosen.generation is not None:
+        writing.show(result)
     else:
         _show(result)
 
 
-def _tables(given: dict[str, Any]) -> dict[str, Any]:
+def _tables(given: dict[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The options of the command line in the form of a recipe's tables."""
     from deltaprompt.cli.recipe import grid_of, labels_of, pairs, variant_of
 
     deltas, verbalizer = given["delta"], given["verbalizer"]
     none = deltas == ["none"]
     training = ("epochs", "steps", "batch_size", "learning_rate", "precision")
+    written = writing.tables(given, recipe)
     return {
+        **written,
         "backbone": {"name": given["backbone"], "device": given["device"], "dtype": given["dtype"]},
         "task": {
             "template": given["template"],
             "labels": labels_of(given["describe"]) if given["describe"] else None,
             "verbalizer": variant_of("verbalizers", verbalizer) if verbalizer else None,
             "calibration": variant_of("calibrations", given["calibration"]) if given["calibration"] else None,
-            "max_length": given["max_length"],
+            "max_length": None if written else given["max_length"],
         },
         "data": {
             "train": given["data"],
-            **{name: given[name] for name in ("test", "dev", "unlabelled", "text", "label")},
+            **{name: given[name] for name in ("test", "dev", "unlabelled", "text", "label", "target")},
             "fields": pairs(given["field"], "--field") if given["field"] else None,
             "drop_empty": given["drop_empty"] or None,
             "hold_out": False if given["no_dev"] else None,
@@ -129,6 +137,8 @@ def _run(recipe: Recipe, resume: bool) -> SeedsResult | GridResult:
     from deltaprompt.model import Model
     from deltaprompt.trainer import fit_grid, fit_seeds
 
+    if recipe.generation is not None:
+        return writing.run(recipe, recipe.generation, resume)
     source = training_file(recipe)
     fields = fields_of(recipe)
     train = rows(source, recipe.data, fields, "train")

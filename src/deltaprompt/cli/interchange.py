@@ -54,13 +54,15 @@ def export(
     from deltaprompt.cli.predict import opened
     from deltaprompt.interchange import save_peft
     from deltaprompt.interchange.folder import config_of
+    from deltaprompt.model import Model
 
     model = opened(folder, backbone, "cpu")
     written = save_peft(model, out, uniform=uniform)
     config = config_of(out)
-    words = _words(model)
+    words = _words(model) if isinstance(model, Model) else {}
+    template = model.task.template if isinstance(model, Model) else model.generation.template
     if as_json:
-        told = {"out": str(out), "bytes": written, "method": config["peft_type"], "template": model.task.template}
+        told = {"out": str(out), "bytes": written, "method": config["peft_type"], "template": template}
         console.print_json({**told, "labels": words})
         return
     console.output().print(
@@ -68,7 +70,7 @@ def export(
         markup=False,
         soft_wrap=True,
     )
-    console.note(f"put this template around each text: {model.task.template}")
+    console.note(f"put this template around each text: {template}")
     if words:
         console.note("and read its answer at {mask}: " + ", ".join(f"{'|'.join(w)} = {n}" for n, w in words.items()))
     if config.get("rank_pattern") or config.get("alpha_pattern"):

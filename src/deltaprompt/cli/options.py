@@ -90,6 +90,27 @@ CalibrationOption = Annotated[
         metavar="KIND[:OPTION=VALUE,…]",
     ),
 ]
+Generate = Annotated[
+    str | None,
+    _option(
+        "--generate",
+        help='Write texts instead: the prompt that they follow, such as "{source} =>".',
+        panel=TASK,
+        metavar="TEMPLATE",
+    ),
+]
+Target = Annotated[
+    str | None,
+    _option(
+        "--target",
+        help="The column of what is to be written, a text or a list of right ones; default: target.",
+        panel=DATA,
+        metavar="COL",
+    ),
+]
+ChatFlag = Annotated[
+    bool, _option("--chat", help="Learn what the assistant says in conversations instead.", panel=TASK)
+]
 MaxLength = Annotated[int | None, _option("--max-length", help="Tokens of a text at most.", panel=TASK, metavar="N")]
 
 BackboneName = Annotated[

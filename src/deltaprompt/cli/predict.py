@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deltaprompt.cli import console, options
+from deltaprompt.cli import console, options, writing
 from deltaprompt.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
-    from deltaprompt.model import Model
+    from deltaprompt.model.generator import Trainable
     from deltaprompt.types import Example
 
 STDIN = "-"
@@ -27,7 +27,8 @@ BATCHES_AT_ONCE = 8  # sorted by length together; more would make a slow pipe wa
 Source = Annotated[
     str,
     typer.Argument(
-        help="Texts to label, in any format that fit reads or .txt; - for standard input.", metavar="[FILE|-]"
+        help="Texts to label or prompts, in any format that fit reads or .txt; - for standard input.",
+        metavar="[FILE|-]",
     ),
 ]
 
@@ -43,22 +44,27 @@ def predict(
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Label texts: one line each, the label and its probability.
+    """Label texts: one line each, the label and its probability; or write them, if that is what was learned.
 
     Standard input is one text a line, or JSON lines. With --json each line is an object: label, score, and the scores
-    of all labels.
+    of all labels; or the text.
     """
     from deltaprompt.cli.recipe import pairs
     from deltaprompt.data import read_texts
+    from deltaprompt.model.generator import Generator
 
     if source != STDIN and not Path(source).expanduser().exists():
         raise DataError(_no_file(source, folder))
     model = opened(folder, backbone, device)
-    examples = read_texts(source, text, pairs(field or [], "--field"))
+    fields = pairs(field or [], "--field")
+    if isinstance(model, Generator):
+        examples = writing.inputs(model, source, text, fields)
+    else:
+        examples = read_texts(source, text, fields)
     at_once = 1 if source == STDIN and sys.stdin.isatty() else batch_size * BATCHES_AT_ONCE
     for some in _chunks(examples, at_once):
         for found in model.predict(some, batch_size):
-            print(json.dumps(found, ensure_ascii=False) if as_json else f"{found['label']}\t{found['score']:.4f}")
+            print(json.dumps(found, ensure_ascii=False) if as_json else _line(found))
         sys.stdout.flush()
 
 
@@ -68,6 +74,7 @@ def evaluate(
     text: options.Text = None,
     label: options.Label = None,
     field: options.Fields = None,
+    target: options.Target = None,
     drop_empty: options.DropEmpty = False,
     backbone: options.OtherBackbone = None,
     device: options.Device = None,
@@ -75,11 +82,15 @@ def evaluate(
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Measure a saved adaptation on labelled rows: accuracy and macro F1."""
+    """Measure a saved adaptation: accuracy and macro F1 of labels; BLEU, chrF, ROUGE and loss of texts."""
     from deltaprompt.cli.data import rows
     from deltaprompt.cli.recipe import DataTable, pairs
+    from deltaprompt.model.generator import Generator
 
     model = opened(folder, backbone, device)
+    if isinstance(model, Generator):
+        writing.evaluate(model, folder, file, target, pairs(field or [], "--field"), batch_size, as_json)
+        return
     asked = DataTable(text=text, label=label or "label", fields=pairs(field or [], "--field"), drop_empty=drop_empty)
     examples = rows(file, asked, model.features.template.fields, "test")
     told = {**model.evaluate(examples, batch_size), "examples": len(examples)}
@@ -94,7 +105,12 @@ def evaluate(
     console.output().print(console.table(["", str(folder)], shown))
 
 
-def opened(folder: Path, backbone: str | None, device: str | None) -> Model:
+def _line(found: Mapping[str, Any]) -> str:
+    """An answer on one line."""
+    return " ".join(found["text"].splitlines()) if "text" in found else f"{found['label']}\t{found['score']:.4f}"
+
+
+def opened(folder: Path, backbone: str | None, device: str | None) -> Trainable:
     """The adaptation in a folder; of a folder of several seeds, or of a grid, the one that was best on dev."""
     from deltaprompt.backbone import load
     from deltaprompt.model.saved import describe, open_

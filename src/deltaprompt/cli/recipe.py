@@ -18,6 +18,7 @@ from deltaprompt import registry
 from deltaprompt.backbone import Kind
 from deltaprompt.deltas._base import Delta
 from deltaprompt.errors import ConfigError, nearest
+from deltaprompt.model.generation import Chat, Generation
 from deltaprompt.trainer import Training
 from deltaprompt.trainer.many import TOGETHER
 
@@ -62,6 +63,8 @@ class DataTable:
     fields: Mapping[str, str] = field(default_factory=dict)
     drop_empty: bool = False
     hold_out: bool = True  # without a dev file, some rows are kept from training to choose by
+    target: str = "target"  # of generation: the column of what is to be written, a text or a list of right ones
+    seen: str | None = None  # a column by which test rows are measured apart: whether training rows have the same there
 
 
 @dataclass(frozen=True)
@@ -105,10 +108,13 @@ class Recipe:
     shots: int | None
     out: str | None
     grid: GridTable = GridTable()
+    generation: Generation | Chat | None = None  # texts are written, and there is no task
 
 
 WORD_FILE = re.compile(r"\.(txt|csv|jsonl?)(#[0-9]+)?$")  # of label words; #1: the second of several in it
 TABLES = {"backbone": BackboneTable, "task": TaskTable, "data": DataTable, "training": Training, "grid": GridTable}
+WRITING: dict[str, type[Generation | Chat]] = {"generation": Generation, "chat": Chat}  # instead of [task]
+OF_LABELS = ("text", "label", "unlabelled", "drop_empty")  # keys of [data] that generation has no use for
 TOP = ("deltas", "seeds", "together", "shots", "out")
 NUMBERS = ("shots", "learning_rate")  # axes of a grid whose values are numbers
 HOMES = {  # of an axis: the table that has it where one value is for all, and its option
@@ -126,8 +132,9 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def build(given: Mapping[str, Any]) -> Recipe:
     """The recipe of nested tables; an unknown key is an error that names the nearest known one and its table."""
-    check_keys(given, (*TABLES, *TOP), "")
+    check_keys(given, (*TABLES, *WRITING, *TOP), "")
     _check_grid(given)
+    _check_writing(given)
     tables: dict[str, Any] = {name: table_of(cls, given.get(name, {}), f"[{name}]") for name, cls in TABLES.items()}
     deltas = given.get("deltas")
     shots = None if given.get("shots") is None else value_of(int, given["shots"], "shots")
@@ -141,6 +148,9 @@ def build(given: Mapping[str, Any]) -> Recipe:
         together=value_of(int, given.get("together", TOGETHER), "together"),
         shots=shots,
         out=out,
+        generation=next(
+            (table_of(cls, given[name], f"[{name}]") for name, cls in WRITING.items() if name in given), None
+        ),
     )
 
 
@@ -148,7 +158,7 @@ def overlaid(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any
     """`under` with what `over` gives (not None) in its place, tables key by key; an axis for the one value it had."""
     made = _leaving(under, over.get("grid") or {})
     for name, value in over.items():
-        if isinstance(value, Mapping) and name in TABLES:
+        if isinstance(value, Mapping) and name in (*TABLES, *WRITING):
             own = made.get(name, {})
             given = {k: v for k, v in value.items() if v is not None}
             made[name] = {**own, **given} if isinstance(own, Mapping) else own
@@ -269,9 +279,29 @@ def check_keys(given: Mapping[str, Any], known: Sequence[str], where: str) -> No
 def _hint(key: str, known: Sequence[str]) -> str:
     """The nearest name in the table, or the table that the key belongs to."""
     near = nearest(key, known, limit=20)
-    others = {name: {f.name for f in dataclasses.fields(cls)} for name, cls in TABLES.items() if name != "grid"}
+    tables: dict[str, Any] = {**TABLES, **WRITING}
+    others = {name: {f.name for f in dataclasses.fields(cls)} for name, cls in tables.items() if name != "grid"}
     homes = [name for name, keys in others.items() if key in keys and name not in known]
     return f"; it belongs in [{homes[0]}]" if homes and key not in known and "did you mean" not in near else near
+
+
+def _check_writing(given: Mapping[str, Any]) -> None:
+    """What is said of labels has no place where texts are written, and the other way round."""
+    asked = [f"[{name}]" for name in WRITING if name in given]
+    data = given.get("data", {})
+    keys = [f"{key} in [data]" for key in (OF_LABELS if asked else ("target", "seen")) if key in data]
+    if not asked:
+        if keys:
+            raise ConfigError(
+                f"{keys[0]} is of texts that are written: give [generation] too (--generate), or leave it out"
+            )
+        return
+    more = [f"[{name}]" for name in ("task", "grid") if given.get(name)] + keys
+    more += ["shots"] if given.get("shots") is not None else []
+    if len(asked) > 1 or more:
+        raise ConfigError(
+            f"{asked[0]} asks for texts, so {(asked[1:] + more)[0]} has no meaning; leave one of them out"
+        )
 
 
 def _check_grid(given: Mapping[str, Any]) -> None:

@@ -21,13 +21,13 @@ from deltaprompt.errors import ConfigError, StoreError
 from deltaprompt.interchange import ia3, lora, prefix, prompt
 from deltaprompt.interchange.folder import write as write_folder
 from deltaprompt.interchange.forms import Piece, Written
-from deltaprompt.model import Model
+from deltaprompt.model.generator import Trainable
 
 FORMS = (LoRA, DoRA, IA3, SoftPrompt, Prefix)
 TASKS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "encoder": "FEATURE_EXTRACTION"}  # peft has none for masked
 
 
-def save_peft(model: Adapted | Model, folder: str | Path, slot: int = 0, uniform: bool = False) -> int:
+def save_peft(model: Adapted | Trainable, folder: str | Path, slot: int = 0, uniform: bool = False) -> int:
     """Writes the deltas of one adaptation as a folder that `PeftModel.from_pretrained` opens; the bytes written.
 
     Only the deltas: a template has to be put around the text, and label words or prototypes be read, by who runs it.
@@ -44,7 +44,7 @@ def save_peft(model: Adapted | Model, folder: str | Path, slot: int = 0, uniform
     adapted = model if isinstance(model, Adapted) else model.adapted
     if not 0 <= slot < adapted.slots:
         raise ConfigError(f"there is no slot {slot}; this model has the slots 0 to {adapted.slots - 1}")
-    if isinstance(model, Model) and model.features.soft_rows:
+    if not isinstance(model, Adapted) and model.features.soft_rows:
         raise StoreError(
             "the template has soft tokens, and PEFT's stand in front of the text only; use a SoftPrompt instead"
         )

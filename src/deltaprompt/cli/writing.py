@@ -1,0 +1,168 @@
+"""Generation at the command line: fitting, predicting and measuring what writes texts."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deltaprompt.cli import console
+from deltaprompt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from deltaprompt.cli.recipe import DataTable, Recipe
+    from deltaprompt.model.generation import Chat, Generation
+    from deltaprompt.model.generator import Generator
+    from deltaprompt.trainer import SeedsResult
+    from deltaprompt.types import Example
+
+METRICS = {"bleu": "BLEU", "chrf": "chrF", "rougeL": "ROUGE-L", "loss": "loss", "perplexity": "perplexity"}
+APART = ("bleu_seen", "bleu_unseen")
+
+
+def tables(given: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The options as the recipe's table of what is written; none where labels are asked for."""
+    name = "chat" if given["chat"] else "generation" if given["generate"] is not None else None
+    name = name or next((known for known in ("generation", "chat") if known in recipe), None)
+    if name is None:
+        return {}
+    if given["chat"] and given["generate"] is not None:
+        raise ConfigError(
+            "--chat takes its prompts from conversations, and --generate from a template; give one of them"
+        )
+    told = {"template": given["generate"]} if name == "generation" else {}
+    return {name: {**told, "max_length": given["max_length"]}}
+
+
+def run(recipe: Recipe, generation: Generation | Chat, resume: bool) -> SeedsResult:
+    """Loads, trains and measures."""
+    from deltaprompt.backbone import load
+    from deltaprompt.cli.data import DEV_SHARE, training_file
+    from deltaprompt.cli.task import deltas_for
+    from deltaprompt.data import grouped, hold_out, told_apart
+    from deltaprompt.model.generator import Generator
+    from deltaprompt.trainer import fit_seeds
+
+    asked = recipe.data
+    train = _rows(training_file(recipe), asked, generation)
+    dev = None if asked.dev is None else _rows(asked.dev, asked, generation)
+    test = None if asked.test is None else grouped(_rows(asked.test, asked, generation))
+    if test is not None and asked.seen is not None:
+        test = told_apart(test, train, asked.seen)
+    b = recipe.backbone
+    backbone = load(b.name, kind=b.kind, device=b.device, dtype=b.dtype, attention=b.attention, revision=b.revision)
+    deltas = deltas_for(backbone) if recipe.deltas is None else recipe.deltas
+    _note(recipe, generation, [type(delta).__name__ for delta in deltas], len(train))
+
+    def deal(seed: int) -> tuple[Sequence[Example], Sequence[Example] | None]:
+        return (train, dev) if dev is not None or not asked.hold_out else hold_out(train, DEV_SHARE, seed)
+
+    return fit_seeds(
+        lambda seeds: Generator(backbone, generation, deltas, seeds),
+        deal,
+        test,
+        seeds=recipe.seeds,
+        training=recipe.training,
+        together=recipe.together,
+        out=recipe.out,
+        resume=resume,
+    )
+
+
+def inputs(model: Generator, source: str, text: str | None, fields: Mapping[str, str]) -> Iterator[Example]:
+    """What is to be gone on with: conversations, or the fields of prompts; a line of text is the prompt's one field."""
+    from deltaprompt.data.chats import read_questions
+    from deltaprompt.data.pairs import read_inputs
+    from deltaprompt.model.generation import Chat
+    from deltaprompt.types import Example
+
+    if isinstance(model.generation, Chat):
+        yield from read_questions(source)
+        return
+    wanted = model.features.template.fields
+    own = {**fields, **({wanted[0]: text} if text is not None and len(wanted) == 1 else {})}
+    for example in read_inputs(source, own):
+        lacks = len(wanted) == 1 and wanted[0] not in example.fields and "text" in example.fields
+        yield Example({wanted[0]: example.fields["text"]}) if lacks else example
+
+
+def evaluate(
+    model: Generator,
+    folder: Path,
+    file: str,
+    target: str | None,
+    fields: Mapping[str, str],
+    batch_size: int,
+    as_json: bool,
+) -> None:
+    """Prints how good a generator is on rows with right texts."""
+    from deltaprompt.cli.recipe import DataTable
+    from deltaprompt.data import grouped
+
+    asked = DataTable(fields=fields) if target is None else DataTable(fields=fields, target=target)
+    examples = grouped(_rows(file, asked, model.generation))
+    told = {**model.evaluate(examples, batch_size), "examples": len(examples)}
+    if as_json:
+        console.print_json(told)
+        return
+    shown = [
+        [METRICS.get(name, name), f"{value:,}" if name == "examples" else f"{value:.3f}"]
+        for name, value in told.items()
+    ]
+    console.output().print(console.table(["", str(folder)], shown))
+
+
+def show(result: SeedsResult) -> None:
+    """A line a seed, and the mean of several."""
+    metrics = [name for name in ("bleu", *APART, "chrf", "rougeL", "loss") if name in result.test]
+    named = [METRICS.get(name) or f"BLEU {name.removeprefix('bleu_')}" for name in metrics]
+    columns = ["seed", "dev loss", *(f"test {name}" for name in named), "steps", "seconds"]
+    each = {metric: iter(result.test[metric]["each"]) for metric in metrics}
+    body = [
+        [
+            str(seed),
+            "failed" if run.failed else f"{run.best['loss']:.3f}" if run.best else "–",
+            *("–" if run.failed else f"{next(each[name]):.2f}" for name in metrics),
+            str(run.steps),
+            f"{run.seconds:.1f}",
+        ]
+        for seed, run in zip(result.seeds, result.runs, strict=True)
+    ]
+    if len(body) > 1 and metrics:
+        means = [console.plus_minus(result.test[name], len(body) - len(result.failed)) for name in metrics]
+        body.append(["mean ± std", "", *means, "", f"{result.seconds:.1f}"])
+    screen = console.output()
+    screen.print(console.table(columns, body))
+    for seed, why in result.failed.items():
+        screen.print(f"seed {seed} failed: {why}", markup=False, soft_wrap=True)
+    kept = f"{console.size(result.best.bytes)} in {result.out}" if result.out else "not saved (--out DIR saves it)"
+    screen.print(f"{result.best.trainable:,} trained parameters, {kept}", markup=False, soft_wrap=True)
+    if result.out is not None:
+        screen.print(f"use it: deltaprompt predict {shlex.quote(str(result.out))} FILE", markup=False, soft_wrap=True)
+
+
+def _rows(source: str, asked: DataTable, generation: Generation | Chat) -> list[Example]:
+    """The rows of a file, or of a dataset on the hub."""
+    from deltaprompt.data import read_chats, read_pairs
+    from deltaprompt.data.formats import HUB
+    from deltaprompt.model.generation import Chat
+
+    name, at, named = source.partition("@") if source.startswith(HUB) else (source, "", "")
+    split = named if at else "train" if source.startswith(HUB) else None
+    if isinstance(generation, Chat):
+        return read_chats(name, split)
+    return read_pairs(name, asked.target, asked.fields, split)
+
+
+def _note(recipe: Recipe, generation: Generation | Chat, deltas: Sequence[str], rows: int) -> None:
+    """What is about to be done, and which of it was not asked for but chosen."""
+    from deltaprompt.model.generation import Generation
+    from deltaprompt.trainer.accelerated import is_main
+
+    if not is_main():
+        return
+    what = f"after {generation.template!r}" if isinstance(generation, Generation) else "in conversations"
+    names = " + ".join(deltas) or "no delta"
+    names += " on every linear map (the default)" if recipe.deltas is None else ""
+    console.note(f"{recipe.backbone.name}: texts {what}, {names}, {rows:,} rows")
