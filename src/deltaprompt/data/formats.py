@@ -51,6 +51,14 @@ def rows_of(source: str | os.PathLike[str], split: str | None) -> Rows:
     return _FORMATS[Path(name.removesuffix(".gz")).suffix](path)
 
 
+def lines_of(source: str | os.PathLike[str]) -> Lines:
+    """The lines of a file, whatever its name, with their numbers."""
+    path = Path(source).expanduser()
+    if not os.path.isfile(path):
+        raise DataError(_not_a_file(str(source), path))
+    return _file_lines(path)
+
+
 def _not_a_file(source: str, path: Path) -> str:
     """What a name that is no file might have meant."""
     folder = path if os.path.isdir(path) else path.parent

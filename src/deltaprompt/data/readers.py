@@ -29,7 +29,7 @@ _NAME_ONE = {
 }
 
 
-class _Missing(DataError):
+class Missing(DataError):
     """A row lacks a value that it must have; the column is there."""
 
 
@@ -105,7 +105,7 @@ def _examples(
     for row in rows:
         try:
             example = _example(row, asked)
-        except _Missing as missing:
+        except Missing as missing:
             if on_empty is None:
                 raise
             on_empty(str(missing))
@@ -125,21 +125,20 @@ def _example(row: Row, asked: _Asked) -> Example:
     fields |= {name: value for name, value in others.items() if value is not None}
     if not fields:
         raise DataError(f"{row.at}: no column holds a text{listing('text', row.values)}")
-    if not asked.labelled or asked.label is None:
-        return Example(fields)
-    if isinstance(row.values.get(asked.label), list):
-        return Example(fields, labels=labels(row, asked.label))
-    return Example(fields, _label(row, asked.label))
+    label, several = answered(row, asked.label) if asked.labelled and asked.label is not None else (None, ())
+    return Example(fields, label, labels=several)
 
 
-def labels(row: Row, column: str) -> tuple[str, ...]:
-    """The labels in a column that holds a list of them, each once."""
-    given = row.values[column]
-    each = [_label(Row(row.at, {column: value}), column) for value in given] if isinstance(given, list) else []
-    if not each:
-        got = f"column {column!r} holds {given!r:.60}"
-        raise _Missing(f"{row.at}: the label is missing: {got}; write one or more there, or remove the row")
-    return tuple(dict.fromkeys(each))
+def answered(row: Row, column: str) -> tuple[str | None, tuple[str, ...]]:
+    """The label in a column, or where it holds a list the labels in it, each once."""
+    given = row.values.get(column)
+    if not isinstance(given, list):
+        return _label(row, column), ()
+    if not given:
+        raise Missing(
+            f"{row.at}: the label is missing: column {column!r} holds []; write one or more, or remove the row"
+        )
+    return None, tuple(dict.fromkeys(_label(Row(row.at, {column: one}), column) for one in given))
 
 
 def _label(row: Row, column: str) -> str:
@@ -156,7 +155,7 @@ def filled(row: Row, column: str, what: str) -> str:
     text = written(row, column)
     if text is None or not text.strip():
         got = f"column {column!r} holds {row.values[column]!r:.60}"
-        raise _Missing(f"{row.at}: the {what} is missing: {got}; put a text or a number there, or remove the row")
+        raise Missing(f"{row.at}: the {what} is missing: {got}; put a text or a number there, or remove the row")
     return text
 
 

@@ -89,7 +89,7 @@ class Hierarchical(Verbalizer, Answers, Worded):
         return scored(w, s, at)
 
     def scores(self, w: Weights, s: Setting, at: AtMask) -> Tensor:
-        words = without_prior(w, scored(w, s, at)).float()[:, w["at"]]  # [b, c, k]
+        words = without_prior(w, scored(w, s, at))[:, w["at"]]  # [b, c, k]
         if self.mean == "arithmetic":
             each = words.masked_fill(~w["has"], -torch.inf).logsumexp(-1) - w["has"].sum(-1).log()
         else:

@@ -1,0 +1,184 @@
+"""Entity rows: one example a mention, with the fields "left", "mention" and "right", and "text", the three in a row.
+
+- {"text", "start", "end"}: where the mention is, in characters.
+- {"left", "mention", "right"}: texts, or lists of tokens.
+- {"tokens", "tags"}, or a file of `token<TAB>tag` lines, a blank line behind each sentence (Few-NERD's form): a run of
+  one tag is a mention of that type, and "B-" begins one. "B-" and "I-" are no part of a type, "O" is none.
+- A list in the column "labels" (or "label") holds the types of a mention, a text there its one type.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Final
+
+from deltaprompt.data.formats import HUB, Row, lines_of, rows_of
+from deltaprompt.data.readers import Missing, answered, sound
+from deltaprompt.errors import ConfigError, DataError
+from deltaprompt.types import Example
+
+LINES: Final = (".txt", ".conll", ".bio", ".iob")  # files of tokens and tags
+OUTSIDE: Final = "O"
+BLANK: Final = "[BLANK]"  # PLET's word for a mention that is hidden
+LABELS: Final = ("labels", "label")
+Span = tuple[int, int, str]  # first token, the one behind the last, type
+
+
+def read_entities(
+    path_or_name: str | os.PathLike[str],
+    split: str | None = None,
+    limit: int | None = None,
+    labelled: bool = True,
+    on_empty: Callable[[str], None] | None = None,
+) -> list[Example]:
+    """One example a mention; see the module for the forms of rows.
+
+    Args:
+        path_or_name: a file in any format that `read` knows, a .txt, .conll, .bio or .iob file of tokens and tags, or
+            `hf:name`.
+        split: of a dataset on the Hub.
+        limit: keeps the first mentions.
+        labelled: whether types are read.
+        on_empty: where a mention has no type it is left out, and this is told why; an error where not given.
+    """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit={limit}: a limit is 1 mention or more; leave it out to read all")
+    found = list(islice(_mentions(_rows(path_or_name, split), labelled, on_empty), limit))
+    if not found:
+        raise DataError(f"{path_or_name}: there are no mentions; at least one is needed")
+    return found
+
+
+def mention(left: str, words: str, right: str, label: str | None = None, labels: tuple[str, ...] = ()) -> Example:
+    """An example of a mention between two texts, with the blanks that stand between them."""
+    fields = {"left": left, "mention": words, "right": right, "text": f"{left}{words}{right}"}
+    return Example(fields, label, labels=labels)
+
+
+def hidden(example: Example, blank: str = BLANK) -> Example:
+    """The same, the mention hidden wherever it is a field: a model has to go by what stands around it (PLET)."""
+    given = example.fields
+    fields = {**given, "mention": blank, "text": f"{given['left']}{blank}{given['right']}"}
+    return Example(fields, example.label, labels=example.labels)
+
+
+def _rows(source: str | os.PathLike[str], split: str | None) -> Iterator[Row]:
+    name = str(source).lower().removesuffix(".gz")
+    if name.startswith(HUB) or not name.endswith(LINES):
+        return rows_of(source, split)
+    return _sentences(str(source), lines_of(Path(source).expanduser()))
+
+
+def _sentences(source: str, lines: Iterable[tuple[int, str]]) -> Iterator[Row]:
+    """The sentences of a file of tokens and tags, as rows of lists."""
+    tokens, tags, first = list[str](), list[str](), 0
+    for number, line in (*lines, (0, "")):
+        token, tab, tag = line.rstrip("\r\n").rpartition("\t")
+        if tab and token.strip() and tag.strip():
+            first = first if tokens else number
+            tokens.append(sound(token.strip(), f"{source}, line {number}"))
+            tags.append(tag.strip())
+        elif line.strip():
+            raise DataError(
+                f"{source}, line {number}: got {line.strip()!r:.60}; a line is a token, a tab and a tag, or is blank"
+            )
+        elif tokens:
+            yield Row(f"{source}, line {first}", {"tokens": tokens, "tags": tags})
+            tokens, tags = [], []
+
+
+def _mentions(rows: Iterable[Row], labelled: bool, on_empty: Callable[[str], None] | None) -> Iterator[Example]:
+    for row in rows:
+        try:
+            yield from _of_row(row, labelled)
+        except Missing as missing:
+            if on_empty is None:
+                raise
+            on_empty(str(missing))
+
+
+def _of_row(row: Row, labelled: bool) -> Iterator[Example]:
+    """The mentions of a row."""
+    values = row.values
+    if "tokens" in values and "tags" in values:
+        yield from _of_tags(row, labelled)
+        return
+    if {"left", "mention", "right"} <= values.keys():
+        left, words, right = _around(row)
+    elif {"text", "start", "end"} <= values.keys():
+        text, start, end = _text(row, "text"), _place(row, "start"), _place(row, "end")
+        left, words, right = text[:start], text[start:end], text[end:]
+    else:
+        raise DataError(
+            f"{row.at}: no mention in the columns {', '.join(values)}; possible: text, start, end; left, mention, "
+            "right; tokens, tags"
+        )
+    if not words.strip():
+        raise DataError(f"{row.at}: the mention is blank; mend its place in the text, or remove the row")
+    column = next((name for name in LABELS if name in values), LABELS[0])
+    label, labels = answered(row, column) if labelled else (None, ())
+    yield mention(left, words, right, label, labels)
+
+
+def _of_tags(row: Row, labelled: bool) -> Iterator[Example]:
+    tokens, tags = _list(row, "tokens"), _list(row, "tags")
+    if len(tokens) != len(tags):
+        raise DataError(f"{row.at}: {len(tokens)} tokens and {len(tags)} tags; each token has one")
+    for first, end, kind in spans(tags):
+        before, words, after = (" ".join(some) for some in (tokens[:first], tokens[first:end], tokens[end:]))
+        left, right = f"{before} " if before else "", f" {after}" if after else ""
+        yield mention(left, words, right, kind if labelled else None)
+
+
+def spans(tags: Sequence[str]) -> list[Span]:
+    """The mentions that tags tell: runs of one type; "B-" begins another one."""
+    found = list[Span]()
+    for i, tag in enumerate((*tags, OUTSIDE)):
+        kind = tag[2:] if tag[:2] in ("B-", "I-") else tag
+        if found and found[-1][1] == i and kind == found[-1][2] and not tag.startswith("B-"):
+            found[-1] = (found[-1][0], i + 1, kind)
+        elif kind != OUTSIDE:
+            found.append((i, i + 1, kind))
+    return found
+
+
+def _around(row: Row) -> tuple[str, str, str]:
+    """A mention between its contexts, with the blanks that stand there."""
+    left, words, right = _context(row, "left"), _text(row, "mention"), _context(row, "right")
+    tokens = [isinstance(row.values[column], list) for column in ("left", "right")]
+    return left + _blank(left, words, tokens[0]), words, _blank(words, right, tokens[1]) + right
+
+
+def _context(row: Row, column: str) -> str:
+    value = row.values[column]
+    return " ".join(_list(row, column)) if isinstance(value, list) else _text(row, column) if value else ""
+
+
+def _blank(before: str, after: str, tokens: bool) -> str:
+    """What is put between two texts: a blank between tokens, and where two words would become one."""
+    return " " if before and after and (tokens or (before[-1].isalnum() and after[0].isalnum())) else ""
+
+
+def _text(row: Row, column: str) -> str:
+    value = row.values[column]
+    if not isinstance(value, str):
+        raise DataError(f"{row.at}: column {column!r} holds {value!r:.60}; a text is possible")
+    return sound(value, f"{row.at}: column {column!r}")
+
+
+def _list(row: Row, column: str) -> list[str]:
+    value = row.values[column]
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        raise DataError(f"{row.at}: column {column!r} holds {value!r:.60}; a list of texts is possible")
+    return [sound(one, f"{row.at}: column {column!r}") for one in value]
+
+
+def _place(row: Row, column: str) -> int:
+    value, length = row.values[column], len(_text(row, "text"))
+    place = int(value) if isinstance(value, int) or (isinstance(value, str) and value.isdecimal()) else -1
+    if not 0 <= place <= length:
+        raise DataError(f"{row.at}: column {column!r} holds {value!r:.60}; a place in the text is 0 to {length}")
+    return place
