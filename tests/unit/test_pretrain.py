@@ -783,7 +783,7 @@ def test_a_loss_that_is_no_number(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
     monkeypatch.setattr(Scorer, "forward", forward)
     backbone = backbones_zoo.build("bert")
-    p = dataclasses.replace(FAST, checkpoint_every=2)
+    p = dataclasses.replace(FAST, checkpoint_every=2, head=True)
     given = {"deltas": [LoRA(rank=2)], "out": tmp_path}
     refused(TrainingError, "the loss is nan at step 5, so training stopped; the checkpoint", backbone, p, **given)
     calls.clear()

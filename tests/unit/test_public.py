@@ -91,7 +91,11 @@ def test_importing_costs_nothing():
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["--version"], *([c, "--help"] for c in ("fit", "predict", "inspect", "export", "import", "demo"))],
+    [
+        ["--help"],
+        ["--version"],
+        *([c, "--help"] for c in ("fit", "predict", "inspect", "export", "import", "demo", "pretrain")),
+    ],
 )
 def test_help_answers_without_torch(arguments):
     code = f"sys.argv = ['deltaprompt', *{arguments}]\nfrom deltaprompt.cli import app\napp(standalone_mode=False)"

@@ -97,20 +97,26 @@ def pretrain(
             loop.begin(resume)
             loop.run(what, _mode(backbone, adapted, p))
         learned = _taken_up(adapted, groups)
-    run = Pretrained(
-        wrap(backbone.model, backbone.tokenizer, kind=backbone.kind, name="" if folder is None else str(folder)),
-        loop.state.step,
-        loop.state.step * p.rows * objective.room,
-        sum(part.numel() for group in groups for part in group.parts.values()),
-        sum(part.numel() for part in backbone.model.parameters()),
-        loop.state.seconds,
-        loop.state.history,
-    )
+    run = _result(backbone, folder, loop)
     if folder is not None and checkpoints is not None and loop.main:
         keep(folder, run, learned, [t.delta for t in tuned], settings, sources)
         checkpoints.clear()
     loop.accelerator.wait_for_everyone()
     return run
+
+
+def _result(backbone: Backbone, folder: Path | None, loop: Loop) -> Pretrained:
+    """What a run came to."""
+    name = "" if folder is None else str(folder)
+    return Pretrained(
+        wrap(backbone.model, backbone.tokenizer, kind=backbone.kind, name=name),
+        loop.state.step,
+        loop.state.step * loop.p.rows * loop.objective.room,
+        sum(part.numel() for part in loop.state.parts.values()),
+        sum(part.numel() for part in backbone.model.parameters()),
+        loop.state.seconds,
+        loop.state.history,
+    )
 
 
 # Its texts
