@@ -15,7 +15,7 @@ from deltaprompt.cli import console, options, writing
 from deltaprompt.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
-    from deltaprompt.model.generator import Trainable
+    from deltaprompt.model.generator import Kept
     from deltaprompt.types import Example
 
 STDIN = "-"
@@ -110,7 +110,7 @@ def _line(found: Mapping[str, Any]) -> str:
     return " ".join(found["text"].splitlines()) if "text" in found else f"{found['label']}\t{found['score']:.4f}"
 
 
-def opened(folder: Path, backbone: str | None, device: str | None) -> Trainable:
+def opened(folder: Path, backbone: str | None, device: str | None) -> Kept:
     """The adaptation in a folder; of a folder of several seeds, or of a grid, the one that was best on dev."""
     from deltaprompt.backbone import load
     from deltaprompt.model.saved import describe, open_

@@ -26,6 +26,7 @@ from deltaprompt.model.generation import Chat, Generation
 from deltaprompt.model.model import Model, at_answers, evaluating
 from deltaprompt.model.packing import check_packing
 from deltaprompt.model.reader import of_template, placed
+from deltaprompt.model.similar import Similar
 from deltaprompt.model.virtual import begin_from_words, check_room
 from deltaprompt.types import Batch, Example, Message
 
@@ -269,7 +270,8 @@ class Generator(nn.Module):
         return save(self, folder, slot, training, metrics)
 
 
-Trainable: TypeAlias = Model | Generator  # what the training loop takes
+Kept: TypeAlias = Model | Generator  # what a folder keeps
+Trainable: TypeAlias = Kept | Similar  # what the training loop takes
 
 
 def generator(

@@ -27,7 +27,7 @@ from deltaprompt.model.starting import check_labelled, unlabelled_of
 from deltaprompt.model.task import Task
 from deltaprompt.model.virtual import begin_from_words, check_room
 from deltaprompt.types import AtMask, Batch, Example
-from deltaprompt.verbalizers._base import Verbalizer, pooled
+from deltaprompt.verbalizers._base import Verbalizer, normalised, pooled
 
 
 class Model(nn.Module):
@@ -119,6 +119,10 @@ class Model(nn.Module):
         number, place = self.seats[slot]
         return cast(Reader, self.readers[number]).loss(of_rows(at, rows), logits[rows], classes[rows], place)
 
+    def log_distributions(self, batch: Batch, adaptation: Index = None) -> Tensor:
+        """log of a distribution over the labels [b, c], also where several may be right, of which one would then be."""
+        return normalised(self._scores(self.at_mask(batch, adaptation), adaptation, of_one=True))
+
     def at_mask(self, batch: Batch, adaptation: Index = None) -> AtMask:
         """The states where the answer is read, and the head that scores words there."""
         self.adapted.route(adaptation)
@@ -141,16 +145,16 @@ class Model(nn.Module):
             return [self.seats[adaptation or 0][0]]
         return sorted({self.seats[slot][0] for slot in adaptation.tolist()})
 
-    def _scores(self, at: AtMask, adaptation: Index) -> Tensor:
+    def _scores(self, at: AtMask, adaptation: Index, of_one: bool = False) -> Tensor:
         """Class scores [b, c], of each row by its own task's verbalizer."""
         if len(self.readers) == 1:
-            return self.readers[0](at, adaptation)
+            return self.readers[0](at, adaptation, of_one)
         if not isinstance(adaptation, Tensor):
             number, place = self.seats[adaptation or 0]
-            return self.readers[number](at, place)
+            return self.readers[number](at, place, of_one)
         seats = torch.tensor(self.seats, device=adaptation.device)[adaptation]  # [b, 2]
         each = [(n, (seats[:, 0] == n).nonzero()[:, 0]) for n in self._numbers(adaptation)]
-        found = torch.cat([self.readers[n](of_rows(at, rows), seats[rows, 1]) for n, rows in each])
+        found = torch.cat([self.readers[n](of_rows(at, rows), seats[rows, 1], of_one) for n, rows in each])
         return found[torch.cat([rows for _, rows in each]).argsort()]
 
     def encode(self, examples: Sequence[Example], slot: int = 0) -> list[Encoded]:

@@ -152,10 +152,10 @@ class Reader(nn.Module):
         """The verbalizer in use."""
         return self.reading.verbalizer
 
-    def forward(self, at: AtMask, slot: Index = None) -> Tensor:
-        """Class scores [b, c]; `slot` is one of its own for all rows, or one a row [b]."""
+    def forward(self, at: AtMask, slot: Index = None, of_one: bool = False) -> Tensor:
+        """Class scores [b, c], or those `of_one` label; `slot` is one of its own for all rows, or one a row [b]."""
         self.scorer.routing.index = slot
-        return self.scorer(at)
+        return self.scorer.of_one(at) if of_one else self.scorer(at)
 
     def show(self, features: Features) -> None:
         """Its texts are read with these demonstrations from now on."""

@@ -23,9 +23,10 @@ from deltaprompt.compose import plain
 from deltaprompt.deltas._base import Delta
 from deltaprompt.errors import BackboneError, ConfigError, DeltaPromptError, StoreError
 from deltaprompt.model.generation import Chat, Generation
-from deltaprompt.model.generator import Generator, Trainable
+from deltaprompt.model.generator import Generator, Kept, Trainable
 from deltaprompt.model.model import Model
 from deltaprompt.model.showing import restored
+from deltaprompt.model.similar import Similar
 from deltaprompt.model.task import Task
 from deltaprompt.registry import describe as described
 from deltaprompt.registry import from_description
@@ -93,7 +94,7 @@ def open_(
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
-) -> Trainable:
+) -> Kept:
     """The model or generator that was saved in a folder; `deltaprompt.open`.
 
     Args:
@@ -238,7 +239,7 @@ def _told(backbone: Mapping[str, Any]) -> str:
     return f"{name} (fingerprint {backbone['fingerprint']})"
 
 
-def _task_told(model: Model, slot: int) -> dict[str, Any]:
+def _task_told(model: Model | Similar, slot: int) -> dict[str, Any]:
     """What a record has of a slot's task."""
     reader = model.reader(slot)
     calibration, shown = reader.task.calibration, reader.features.demonstrations
@@ -259,7 +260,7 @@ def _told_of(generation: Generation | Chat) -> dict[str, Any]:
     return {"template": generation.template, "generation": {"kind": kind, **asdict(generation)}}
 
 
-def _rebuilt(record: Mapping[str, Any], backbone: Backbone, folder: str | Path) -> Trainable:
+def _rebuilt(record: Mapping[str, Any], backbone: Backbone, folder: str | Path) -> Kept:
     """The model of a record, its tensors as at the start of training."""
     try:
         if "generation" in record:

@@ -7,6 +7,7 @@ from deltaprompt.trainer.plan import Plan
 from deltaprompt.trainer.progress import Progress, RichProgress, Silent
 from deltaprompt.trainer.run import Run
 from deltaprompt.trainer.seeds import SeedsResult, fit_seeds
+from deltaprompt.trainer.self_supervised import fit_typing
 from deltaprompt.trainer.training import Training
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "fit_grid",
     "fit_many",
     "fit_seeds",
+    "fit_typing",
 ]

@@ -12,6 +12,7 @@ from deltaprompt.features import Encoded
 from deltaprompt.model import Model
 from deltaprompt.model.below import Below, Nothing, below
 from deltaprompt.model.generator import Generator, Trainable
+from deltaprompt.model.similar import Similar, label_of
 from deltaprompt.trainer.measure import measured
 from deltaprompt.trainer.plan import Plan, told
 from deltaprompt.trainer.untrained import begin, prepare, takes_examples
@@ -178,6 +179,56 @@ class Writing(Objective):
         return Nothing("each target is read at many places")
 
 
+@dataclass(frozen=True)
+class Pairing(Objective):
+    """The loss of pairs of texts; the best accuracy in telling them apart is chosen, of equal ones the lowest loss."""
+
+    model: Similar
+
+    def check(self, name: str, examples: Sequence[Example]) -> None:
+        for pair in examples:
+            label_of(pair)
+
+    def takes_examples(self, slot: int) -> bool:
+        return False
+
+    def told(self, slot: int) -> dict[str, Any]:
+        return {"task": f"{self.model.reader(slot).task!r}, of pairs"}
+
+    def group(self, slot: int) -> int:
+        return self.model.model.seats[slot][0]
+
+    def prepare(self, slot: int, plan: Plan) -> None:
+        """Texts need nothing."""
+
+    def start(self, slot: int, plan: Plan) -> None:
+        self.model.start(plan.train, slot, plan.training.batch_size, plan.unlabelled)
+
+    def collate(self, rows: Sequence[Encoded]) -> Batch:
+        return self.model.features.collate(rows)
+
+    def batches(self, rows: Sequence[Encoded], batch_size: int) -> Iterator[Batch]:
+        return self.model.features.batches(rows, batch_size)
+
+    @property
+    def left(self) -> bool:
+        return self.model.features.kind == "causal"
+
+    def sort(self, slot: int, row: Encoded) -> tuple[int, int]:
+        return len(row.variants), self.group(slot) if self.model.reader(slot).reading.continues else -1
+
+    def whole(self, slots: Sequence[int]) -> bool:
+        return False
+
+    def measured(self, module: Lone, rows: Sequence[Encoded], batch_size: int, slot: int) -> dict[str, float]:
+        return self.model.measure(rows, batch_size, slot, module)
+
+    def below(self, rows: Sequence[Encoded]) -> Below | Nothing:
+        return Nothing("each pair has two texts")
+
+
 def objective_of(model: Trainable) -> Objective:
     """What a model is trained for."""
+    if isinstance(model, Similar):
+        return Pairing(model)
     return Writing(model) if isinstance(model, Generator) else Labelling(model)
