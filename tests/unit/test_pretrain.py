@@ -657,16 +657,25 @@ def test_the_shipped_recipes_read(name: str) -> None:
     assert all("test.jsonl" not in source.path for source in (*made.data, *made.dev))
 
 
-def test_lines(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second a step after the 40 that were made before; dev takes 100."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     lines = Lines(100)
     lines.start(60, "pretrain")
-    lines.step(0, math.nan)
-    for step in range(1, 61):
+    lines.step(40, 9.0)
+    for step in range(41, 61):
+        clock[0] += 1.0
         lines.step(step, 2.0)
-    lines.evaluated({"accuracy": 0.5, "loss": 1.0}, True)
+        if step == 45:
+            clock[0] += 100.0
+            lines.evaluated({"accuracy": 0.5, "loss": 1.0}, True)
     lines.done()
-    told = capsys.readouterr().err.splitlines()
-    assert [line.split("  ")[0] for line in told] == ["step 50/60", "step 60/60", ""]
+    assert capsys.readouterr().err.splitlines() == [
+        "    dev accuracy 0.5000  loss 1.0000",
+        "step 50/60  loss 2.0000  100 tokens/s",
+        "step 60/60  loss 2.0000  100 tokens/s",
+    ]
 
 
 RECIPES: list[tuple[str, str]] = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shlex
 import sys
 import time
@@ -111,28 +112,31 @@ class Lines:
         self.tokens = tokens  # of a step
         self.total = 0
         self.losses: list[float] = []
-        self.begun = 0.0
+        self.spent = 0.0  # seconds in the steps since the last line
+        self.clock: float | None = None  # None until it is told where the run begins
 
     def start(self, total: int, what: str) -> None:
         """Nothing is told yet."""
-        self.total, self.losses, self.begun = total, [], time.perf_counter()
+        self.total, self.losses, self.spent, self.clock = total, [], 0.0, None
 
     def step(self, step: int, loss: float) -> None:
         """A line every so many steps."""
-        if loss == loss:  # before the first step there is none
-            self.losses.append(loss)
-        if not self.losses or (step % EVERY and step != self.total):
-            return
         now = time.perf_counter()
-        speed = len(self.losses) * self.tokens / (now - self.begun)
-        mean = sum(self.losses) / len(self.losses)
+        if self.clock is None:
+            self.clock = now
+            return
+        self.losses.append(loss)
+        self.spent, self.clock = self.spent + now - self.clock, now
+        if step % EVERY and step != self.total:
+            return
+        mean, speed = math.fsum(self.losses) / len(self.losses), len(self.losses) * self.tokens / self.spent
         console.note(f"step {step}/{self.total}  loss {mean:.4f}  {speed:,.0f} tokens/s", "")
-        self.losses, self.begun = [], now
+        self.losses, self.spent = [], 0.0
 
     def evaluated(self, metrics: Mapping[str, float], best: bool) -> None:
-        """A line for dev."""
+        """A line for dev, whose time does not count."""
         console.note(f"    dev accuracy {metrics['accuracy']:.4f}  loss {metrics['loss']:.4f}", "")
-        self.begun = time.perf_counter()
+        self.clock = time.perf_counter()
 
     def done(self) -> None:
         """Nothing more is told."""

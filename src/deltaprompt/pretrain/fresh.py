@@ -51,7 +51,7 @@ def new_backbone(
     config = _config(type, tokenizer, dict(sizes or {}))
     options = {"attn_implementation": attention} if attention else {}
     with quiet(), torch.random.fork_rng([]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # nothing else's chance is touched
         try:
             model = _classes()[objective].from_config(config, **options).float()
         except (ValueError, TypeError, RuntimeError, AssertionError) as e:

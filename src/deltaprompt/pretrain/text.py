@@ -92,7 +92,7 @@ class Texts:
                 yield _text(row.at, row.values, self.text)
 
     def _files(self) -> Iterable[str]:
-        if not any(sign in self.path for sign in "*?["):
+        if not any(sign in self.path for sign in "*?[") or Path(self.path).expanduser().is_file():
             return [self.path]
         found = sorted(glob.glob(str(Path(self.path).expanduser()), recursive=True))
         if not found:
