@@ -50,6 +50,7 @@ class Batch:
     variants: int = 1  # v
     labels: Tensor | None = None  # [b] class indices; where rows may have several, [b, c] which are right
     index: Tensor | None = None  # [b] rows of the data set, so that sorted batches can be put back in order
+    answers: tuple[Tensor, Tensor] | None = None  # each class's own text in each row: ids [b, c, t], lengths [b, c]
     targets: Tensor | None = None  # [b, m] the ids that the states at `answer_at` are to give; -1 where a row has fewer
 
     def to(self, device: str | torch.device) -> Batch:
@@ -60,6 +61,7 @@ class Batch:
             self.variants,
             None if self.labels is None else self.labels.to(device),
             None if self.index is None else self.index.to(device),
+            None if self.answers is None else (self.answers[0].to(device), self.answers[1].to(device)),
             None if self.targets is None else self.targets.to(device),
         )
 
@@ -71,4 +73,5 @@ class AtMask:
     hidden: Tensor  # [b, v, m, d]
     present: Tensor  # [b, v, m] true where there is an answer position
     logits: Callable[[Tensor, Tensor | None], Tensor] | None = None  # (hidden [..., d], rows [n] or all) -> [..., n]
-    continued: Callable[[Tensor, Tensor], Tensor] | None = None  # (ids [w, t], lengths [w]) -> log p [b, w]
+    continued: Callable[[Tensor, Tensor], Tensor] | None = None  # (ids [w, t] or [b, w, t], lengths) -> [b, w]
+    answers: tuple[Tensor, Tensor] | None = None  # of the batch

@@ -117,7 +117,7 @@ def expected(model, words, texts, slots):
         )
         for text, slot in zip(texts, slots, strict=True)
     ]
-    return torch.stack(each).log_softmax(-1).float()
+    return torch.stack(each).log_softmax(-1)
 
 
 def check(family, words, deltas=(), slots=1, texts=TEXTS, template=TEMPLATE):

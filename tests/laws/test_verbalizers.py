@@ -27,6 +27,7 @@ from deltaprompt.verbalizers.label_words import LabelWords
 from deltaprompt.verbalizers.proto_verb import ProtoVerb
 from deltaprompt.verbalizers.prototypes import Prototypes
 from deltaprompt.verbalizers.rules import Rules
+from deltaprompt.verbalizers.written import Written
 from tests import backbones_zoo as zoo
 
 LABELS = ("up", "down", "so")
@@ -41,6 +42,7 @@ FACTORIES = {  # those without a factory are built with their defaults
     "automatic": lambda: Automatic(size=2),
     "dect": lambda: DecT(WORDS, dim=4),
     "proto_verb": lambda: ProtoVerb(dim=4),
+    "written": lambda: Written({"up": "good film", "down": "bad", "so": "not"}, longest=12),
     "rules": lambda: Rules({"up": ("good",), "down": (("bad", "film"),), "so": ("not",)}),
 }
 PARAMETERS = {  # closed forms, of c classes and d-wide states
@@ -51,6 +53,7 @@ PARAMETERS = {  # closed forms, of c classes and d-wide states
     "dect": lambda c, d: 4 * d + 5 * c,
     "proto_verb": lambda c, d: 4 * d + 4 * c,
     "rules": lambda c, d: 0,
+    "written": lambda c, d: 0,
     "label_descriptions": lambda c, d: c * d,
     "prototypes": lambda c, d: c * d,
     "soft": lambda c, d: c * (d + 1),
@@ -64,6 +67,8 @@ WORDED = ("label_words", "hierarchical", "knowledgeable", "automatic", "dect", "
 
 def needs_more(name, kind):
     """Whether a verbalizer cannot act on a kind of backbone."""
+    if name == "written":
+        return kind not in ("causal", "seq2seq")
     return (name in WORDED and kind == "encoder") or (name == "rules" and kind != "masked")
 
 

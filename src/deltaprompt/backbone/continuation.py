@@ -33,13 +33,20 @@ class Prompted:
     repeated: Callable[[int], AbstractContextManager[None]]  # tells the patches that rows are repeated
 
     def log_likelihood(self, last: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
-        """Σ_i log p(id_i | prompt, id_<i) [b, w] of answers ids [w, t] and lengths [w]; `last` [b, d] reads id_0."""
-        scores = _log_p(self._head.logits(last[:, None]))[:, 0, ids[:, 0]]  # [b, w]
-        rows, later, longer = len(last), ids.shape[1] - 1, (lengths > 1).nonzero()[:, 0]
+        """Σ_i log p(id_i | prompt, id_<i) [b, w]; `last` [b, d] reads id_0.
+
+        Args:
+            ids: answers [w, t], or of each prompt its own [b, w, t].
+            lengths: of the answers, [w] or [b, w].
+        """
+        rows = len(last)
+        ids, lengths = ids.expand(rows, -1, -1), lengths.expand(rows, -1)
+        scores = _log_p(self._head.logits(last[:, None]))[:, 0].gather(1, ids[..., 0])  # [b, w]
+        later, longer = ids.shape[2] - 1, (lengths > 1).any(0).nonzero()[:, 0]
         scores_a_word = rows * max(later, 1) * self._head.size
         tokens_a_word = rows * (self.states.shape[1] + later)
         for some in longer.split(max(1, min(SCORES // scores_a_word, TOKENS // tokens_a_word))):
-            scores = scores.index_add(1, some, self._later(ids[some], lengths[some], rows))
+            scores = scores.index_add(1, some, self._later(ids[:, some], lengths[:, some]))
         return scores
 
     @property
@@ -48,40 +55,40 @@ class Prompted:
             raise BackboneError("a plain encoder has no head to score answers with")
         return self.backbone.head
 
-    def _later(self, ids: Tensor, lengths: Tensor, rows: int) -> Tensor:
-        """The terms i > 0 of the sum: ids [w, t] -> [b, w]."""
-        words, longest = ids.shape
+    def _later(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """The terms i > 0 of the sum: ids [b, w, t] -> [b, w]."""
+        rows, words, longest = ids.shape
         with self.repeated(words):
-            states = (self._again if self.cache is None else self._continue)(ids[:, :-1], rows)  # [b * w, t - 1, d]
+            states = (self._again if self.cache is None else self._continue)(ids[..., :-1])  # [b * w, t - 1, d]
         states = states.unflatten(0, (rows, words)).flatten(
             1, 2
         )  # [b, w * (t - 1), d]: the head's rows are the prompts
         every = _log_p(self._head.logits(states)).unflatten(1, (words, longest - 1))
-        each = every.gather(-1, ids[:, 1:, None].expand(rows, -1, -1, -1))[..., 0]  # [b, w, t - 1]
-        inside = torch.arange(1, longest, device=ids.device) < lengths[:, None]  # [w, t - 1]
+        each = every.gather(-1, ids[..., 1:, None])[..., 0]  # [b, w, t - 1]
+        inside = torch.arange(1, longest, device=ids.device) < lengths[..., None]  # [b, w, t - 1]
         return each.masked_fill(~inside, 0.0).sum(-1)
 
-    def _continue(self, ids: Tensor, rows: int) -> Tensor:
-        """The states of every answer's tokens after every prompt: ids [w, t] -> [b * w, t, d]."""
-        words, tokens = ids.shape
+    def _continue(self, ids: Tensor) -> Tensor:
+        """The states of every answer's tokens after every prompt: ids [b, w, t] -> [b * w, t, d]."""
+        rows, words, tokens = ids.shape
         seen = self._repeated("attention_mask", words)
         inputs = {
-            "input_ids": ids.repeat(rows, 1),
+            "input_ids": ids.flatten(0, 1),
             "attention_mask": torch.cat([seen, seen.new_ones(rows * words, tokens)], dim=1),
             "position_ids": seen.sum(1, keepdim=True) + torch.arange(tokens, device=ids.device),
         }
         return self._run(inputs, words, past_key_values=repeated_cache(self.cache, words))
 
-    def _again(self, ids: Tensor, rows: int) -> Tensor:
+    def _again(self, ids: Tensor) -> Tensor:
         """As `_continue` without keys and values: answers stand behind each prompt's last token, all is run again."""
-        words, tokens = ids.shape
+        _, words, tokens = ids.shape
         seen = self._repeated("attention_mask", words)  # [b * w, s]
         columns = torch.arange(1, seen.shape[1] + 1, device=ids.device)
         place = (seen * columns).amax(1, keepdim=True) + torch.arange(tokens, device=ids.device)  # [b * w, t]
         mask = functional.pad(seen, (0, tokens)).scatter(1, place, 1)
         prompt = functional.pad(self._repeated("input_ids", words), (0, tokens))
         inputs = {
-            "input_ids": prompt.scatter(1, place, ids.repeat(rows, 1)),
+            "input_ids": prompt.scatter(1, place, ids.flatten(0, 1)),
             "attention_mask": mask,
             "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
         }

@@ -1,4 +1,4 @@
-"""score = log p(c | x) − log mean_x' p(c | x') over a batch of texts x': batch calibration (Zhou et al. 2024, eq. 4)."""
+"""score = log p(c | x) − log mean_x' p(c | x') over a batch of texts x' (Zhou et al. 2024, eq. 4)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""p̂ = softmax(mean_x log p(answer | x)) over texts x of the task (Hu et al. 2022, section 3.2.1, as their code takes it)."""
+"""p̂ = softmax(mean_x log p(answer | x)) over texts x of the task (Hu et al. 2022, section 3.2.1, as in their code)."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Contextualised(Calibration):
     def __post_init__(self) -> None:
         if self.size < 1 or self.mean not in ("logits", "probability"):
             raise ConfigError(
-                f"contextualised calibration: got size={self.size}, mean={self.mean!r}; possible: size >= 1, mean logits "
-                "or probability"
+                f"contextualised calibration: got size={self.size}, mean={self.mean!r}; possible: size >= 1, mean "
+                "logits or probability"
             )
 
     def template(self) -> str | None:

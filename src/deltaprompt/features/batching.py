@@ -58,6 +58,14 @@ def shifted(places: Sequence[Sequence[int]], rows: Sequence[Sequence[int]], left
     return padded(moved, -1)
 
 
+def answers(texts: Sequence[Sequence[Sequence[int]]]) -> tuple[Tensor, Tensor] | None:
+    """Texts of the classes of rows -> ids [b, c, t], filled up with 0, and lengths [b, c]; None where there is none."""
+    if not texts or not texts[0]:
+        return None
+    ids = padded([text for row in texts for text in row], 0)
+    return ids.unflatten(0, (len(texts), -1)), torch.tensor([[len(text) for text in row] for row in texts])
+
+
 def classes(labels: Sequence[int | tuple[int, ...] | None], count: int = 0) -> Tensor | None:
     """The classes of rows [b]; where each has several, which of `count` are right [b, c]. None where no row has one."""
     known = [label for label in labels if label is not None]

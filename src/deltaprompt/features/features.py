@@ -12,7 +12,7 @@ from typing import Literal as OneOf
 import torch
 
 from deltaprompt.errors import ConfigError, DataError, nearest
-from deltaprompt.features.batching import attended, bucketed, chunks, classes, padded, shifted
+from deltaprompt.features.batching import answers, attended, bucketed, chunks, classes, padded, shifted
 from deltaprompt.features.beside import Beside, Form, Text
 from deltaprompt.features.chat import chat_pieces
 from deltaprompt.features.codec import Ask, Codec, Tokens
@@ -63,6 +63,7 @@ class Encoded:
     targets: tuple[int, ...] = ()  # the ids that the states at the one sequence's `at` are to give
     parts: tuple[int, ...] = ()  # of several texts in one sequence: the length of each
     labels: tuple[int, ...] = ()  # the classes, where there may be several
+    answers: tuple[tuple[int, ...], ...] = ()  # of each class the ids of its text in this example
 
     @property
     def length(self) -> int:
@@ -96,6 +97,7 @@ class Features:
     decoder_start_id: int | None = None
     sentinel: str | None = None  # what stands for the answer in an encoder-decoder's input; none: its mask token
     demonstrations: Demonstrations | None = None  # what a template with `{demos}` shows
+    phrases: tuple[Template, ...] = ()  # of each class the text that stands for it in an example
     several: bool = False  # whether an example may have several labels
 
     def __post_init__(self) -> None:
@@ -233,6 +235,7 @@ class Features:
             variants=len(rows) // max(len(encoded), 1),
             labels=classes([one.labels or one.label for one in encoded], len(self.labels)),
             index=None if index is None else torch.tensor(index, dtype=torch.long),
+            answers=answers([one.answers for one in encoded]),
         )
 
     def batches(
@@ -370,7 +373,21 @@ class Features:
         found = self.classes_of(example)
         cut = fit(text.runs, self.max_length - text.around, text.around)
         rows = tuple(self._row(text.layout, cut, n) for n in self._masks_each)
-        return Encoded(rows, labels=found) if self.several else Encoded(rows, found[0] if found else None)
+        if self.several:
+            return Encoded(rows, labels=found)
+        return Encoded(rows, found[0] if found else None, answers=self._texts_of(example))
+
+    def _texts_of(self, example: Example) -> tuple[tuple[int, ...], ...]:
+        """The ids of each class's own text in an example."""
+        texts = [phrase.filled(example.fields) for phrase in self.phrases]
+        each, longest = [tuple(self.answer_ids(text)) for text in texts], max(self.answer_lengths)
+        for text, ids in zip(texts, each, strict=True):
+            if len(ids) > longest:
+                raise DataError(
+                    f"the text {text!r:.60} of a label has {len(ids)} tokens, and {longest} are possible; shorten it, "
+                    "or raise the verbalizer's longest"
+                )
+        return tuple(each)
 
     def _row(self, layout: Layout, texts: list[list[int]], masks: int) -> Row:
         ids, at, text = list[int](), list[int](), iter(texts)

@@ -323,6 +323,7 @@ def read(
         (batch.answer_at >= 0).unflatten(0, (b, v)),
         None if backbone.head is None else backbone.head.logits,
         None if prompt is None else lambda ids, lengths: prompt.log_likelihood(hidden[:, 0], ids, lengths),
+        batch.answers,
     )
 
 

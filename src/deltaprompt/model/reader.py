@@ -20,9 +20,9 @@ from deltaprompt.model import several
 from deltaprompt.model.task import Task
 from deltaprompt.model.virtual import room
 from deltaprompt.params import Param, Weights, zeros
-from deltaprompt.templates import parse
+from deltaprompt.templates import Field, Literal, Template, parse
 from deltaprompt.types import AtMask
-from deltaprompt.verbalizers._base import PRIOR, Answers, Setting, Trained, Verbalizer, Worded, normalised
+from deltaprompt.verbalizers._base import PRIOR, Answers, Phrased, Setting, Trained, Verbalizer, Worded, normalised
 
 T5_SENTINEL = "<extra_id_0>"
 
@@ -60,9 +60,10 @@ class Scorer(Stack):
 
     def of_one(self, at: AtMask) -> Tensor:
         """Class scores [b, c] whose softmax is a distribution over the labels."""
-        w = self.seen(at)
-        scores = self.verbalizer.scores(w, self.setting, at)
-        return normalised(scores) - w[PRIOR] if self.calibrated and not self.of_words else scores
+        scores = self.verbalizer.scores(self.seen(at, self.of_words), self.setting, at)
+        if not self.calibrated or self.of_words:
+            return scores
+        return normalised(scores) - self.weights(at.hidden.shape[0])[PRIOR]
 
     def probabilities(self, scores: Tensor) -> Tensor:
         """How likely each label is, from class scores [b, c], in float32."""
@@ -84,11 +85,11 @@ class Scorer(Stack):
         if self.several:
             return several.loss(scores, classes)
         if isinstance(self.verbalizer, Trained):
-            return self.verbalizer.loss(self.seen(at), self.setting, at, scores, classes)
+            return self.verbalizer.loss(self.seen(at, self.of_words), self.setting, at, scores, classes)
         return cross_entropy(scores.float(), classes)
 
-    def seen(self, at: AtMask, calibrated: bool = True) -> Weights:
-        """The tensors as the verbalizer sees them; without its prior where that is not asked for."""
+    def seen(self, at: AtMask, calibrated: bool) -> Weights:
+        """The tensors as the verbalizer sees them, with or without a prior that it takes away itself."""
         own = self.weights(at.hidden.shape[0])
         fixed = {name: self.get_buffer(name) for name in self.constants}
         return Weights({n: t for n, t in own.items() if calibrated or n != PRIOR} | fixed, self.training)
@@ -196,7 +197,23 @@ def features_of(backbone: Backbone, task: Task, verbalizer: Verbalizer, deltas: 
     )
     if not isinstance(verbalizer, Answers):
         return features
-    return replace(features, answer_lengths=verbalizer.answer_lengths(setting_of(backbone, task, features)))
+    lengths = verbalizer.answer_lengths(setting_of(backbone, task, features))
+    return replace(features, answer_lengths=lengths, phrases=phrases_of(task, verbalizer))
+
+
+def phrases_of(task: Task, verbalizer: Verbalizer) -> tuple[Template, ...]:
+    """The text of each label, where it is one of the example's own."""
+    if not isinstance(verbalizer, Phrased):
+        return ()
+    found = tuple(map(parse, verbalizer.phrases(task.names)))
+    for phrase in found:
+        if odd := [str(piece) for piece in phrase.pieces if not isinstance(piece, Literal | Field)]:
+            raise ConfigError(f"the text of a label is made of text and fields, got {odd[0]} in {str(phrase)!r}")
+    if task.calibration is not None and any(phrase.fields for phrase in found):
+        raise ConfigError(
+            "answers that are texts of the example itself have no prior that could be kept; leave the calibration out"
+        )
+    return found
 
 
 def check_several(task: Task, verbalizer: Verbalizer) -> None:

@@ -95,7 +95,7 @@ def observed(
             assert batch.index is not None
             at = model.at_mask(batch.to(model.device), slot)
             model.reader(slot).scorer.routing.index = model.seats[slot][1]
-            for i, row in zip(batch.index.tolist(), look(at).float(), strict=True):
+            for i, row in zip(batch.index.tolist(), look(at), strict=True):
                 found[i] = row
     return torch.stack(found)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
@@ -73,6 +73,16 @@ class Template:
     def is_chat(self) -> bool:
         """Whether the pieces are turns of a chat."""
         return any(isinstance(piece, Role) for piece in self.pieces)
+
+    def filled(self, example_fields: Mapping[str, object]) -> str:
+        """The text of a template that has nothing but text and fields."""
+        return "".join(p.value(example_fields) if isinstance(p, Field) else str(p) for p in self._spoken())
+
+    def _spoken(self) -> Iterator[Field | str]:
+        for piece in self.pieces:
+            if not isinstance(piece, Literal | Field):
+                raise TemplateError(f"only text and fields can be filled, got {piece}")
+            yield piece if isinstance(piece, Field) else piece.text
 
     @staticmethod
     def from_openprompt(text: str, encoder: Encoder | None = None) -> Template:

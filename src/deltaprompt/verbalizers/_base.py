@@ -62,6 +62,14 @@ class Answers(ABC):
         """The numbers of tokens that its words have."""
 
 
+class Phrased(Answers, ABC):
+    """A verbalizer whose answers are texts of the example itself."""
+
+    @abstractmethod
+    def phrases(self, labels: tuple[str, ...]) -> tuple[str, ...]:
+        """The text of each label, a template of fields."""
+
+
 class Worded(ABC):
     """A verbalizer whose class scores are made of words' scores; a calibration's prior is then one over these words.
 

@@ -29,6 +29,10 @@ from deltaprompt.verbalizers._base import (
 )
 from deltaprompt.verbalizers._words import answer_lengths, constants, of_classes, scored, units
 
+SMOOTH = (
+    1e-12  # keeps the gradient of a distance finite where an example lies on its prototype, as one of one shot does
+)
+
 
 @dataclass(frozen=True)
 class DecT(Verbalizer, Answers, Worded, Started):
@@ -96,4 +100,4 @@ class DecT(Verbalizer, Answers, Worded, Started):
         """r − ‖x̂ − z‖: [b, c]."""
         h = pooled(at).to(w["w"].dtype)
         x = normalize((w["w"] @ h[..., None]).squeeze(-1), dim=-1)  # [b, k]
-        return w["r"] - (x[:, None] - w["z"]).norm(dim=-1)
+        return w["r"] - ((x[:, None] - w["z"]).square().sum(-1) + SMOOTH).sqrt()
