@@ -80,8 +80,9 @@ def told(result: search.SearchResult) -> dict[str, Any]:
 def by_hand(backbone: Any, task: dp.Task, rows: Sequence[Example]) -> Tensor:
     """The probabilities of a model of its own."""
     model = dp.adapt(backbone, task)
-    if task.calibration is not None:
-        model.calibrate(TRAIN)
+    if "{demos" in task.template:
+        model.demonstrate(TRAIN)
+    model.calibrate(TRAIN)
     found = model.probabilities(rows)
     model.adapted.remove()
     return found
@@ -215,6 +216,8 @@ OTHERS = {
     "template": dp.Task("{text} In summary the movie was {mask}.", {"pos": "good", "neg": "bad"}),
     "long words": dp.Task("{text} It was {mask}.", {"pos": "good movie", "neg": ("bad", "the terrible cat")}),
     "calibrated": replace(TASK, calibration=Contextualised()),
+    "shown": dp.Task("{demos:2}{text} It was {mask}.\n", {"pos": "good", "neg": "bad"}),
+    "shown, other words": dp.Task("{demos:2}{text} It was {mask}.\n", {"pos": "great", "neg": "bad"}),
 }
 
 
@@ -224,7 +227,7 @@ def test_many_templates_at_once_are_each_alone(family: str) -> None:
     before = {name: t.clone() for name, t in backbone.model.state_dict().items()}
     tasks = [TASK, *OTHERS.values()]
     found = Frozen(backbone, TRAIN, batch_size=7).probabilities(tasks, ROWS)
-    assert found.shape == (5, 16, 2)
+    assert found.shape == (7, 16, 2)
     for p, task in zip(found, tasks, strict=True):
         torch.testing.assert_close(p, by_hand(backbone, task, ROWS), atol=1e-5, rtol=1e-4)
     assert all(torch.equal(t, before[name]) for name, t in backbone.model.state_dict().items())
@@ -253,7 +256,10 @@ def test_a_text_is_run_once_for_tasks_that_differ_in_words_or_behind_the_text() 
     one = tokens_run(bert, lambda: Frozen(bert, TRAIN).probabilities(words[:1], ROWS))
     assert tokens_run(bert, lambda: Frozen(bert, TRAIN).probabilities(words, ROWS)) == one
     gpt2 = zoo.build("gpt2")
-    text = [Example({"text": "the text of a review is good or bad and the movie was great"}, "pos")]
+    text = [
+        Example({"text": f"{first} text of a review is good or bad and the movie was great"}, "pos")
+        for first in ("the", "a", "it was")
+    ]
     behind = [word for text in TEXTS["pos"] for word in text.split()]
     others = [dp.Task(f"{{text}} {word} {{mask}}", TASK.labels) for word in dict.fromkeys(behind)]
     alone = sum(tokens_run(gpt2, lambda t=t: Frozen(gpt2, TRAIN).probabilities([t], text)) for t in others)

@@ -151,7 +151,7 @@ class Rows:
         prefix = torch.cat([start, written], dim=1).to(device)  # [h, t']
         total: Tensor | float = 0.0
         for some in torch.arange(len(self.encoded), device=device).split(max(1, SEQUENCES // len(written))):
-            total = total + self._log_p(some, prefix).sum(0).cpu()
+            total = total + self._log_p(some, prefix).sum(0, dtype=torch.float64).cpu()
         return torch.as_tensor(total)
 
     def _log_p(self, rows: Tensor, prefix: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ class Rows:
         head = self.backbone.head
         if head is None:
             raise BackboneError("an encoder-decoder without a head for words cannot write templates")
-        log_p = head.logits(states_of(out)[:, -1]).double().log_softmax(-1)
+        log_p = head.logits(states_of(out)[:, -1]).float().log_softmax(-1)
         ends = log_p[:, list(self.ends)].logsumexp(-1)
         log_p[:, self.ends[0]] = ends
         return log_p.unflatten(0, (len(rows), count))

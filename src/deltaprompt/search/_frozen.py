@@ -16,6 +16,7 @@ from deltaprompt.features.batching import chunks
 from deltaprompt.model import Model, Task
 from deltaprompt.model.model import evaluating, read
 from deltaprompt.model.reader import of_rows
+from deltaprompt.model.showing import shows
 from deltaprompt.types import Example
 from deltaprompt.verbalizers._base import Verbalizer
 from deltaprompt.verbalizers.label_words import LabelWords
@@ -32,11 +33,13 @@ class Frozen:
         backbone: a language model, to which nothing is attached.
         support: the training rows, for verbalizers that start from some and calibrations that are measured on some.
         batch_size: rows in one pass, whatever their templates.
+        seed: of the demonstrations that a template shows.
     """
 
     backbone: Backbone
     support: Sequence[Example]
     batch_size: int = 64
+    seed: int = 0
 
     def probabilities(self, tasks: Sequence[Task], rows: Sequence[Example]) -> Tensor:
         """Class probabilities [t, n, c] of every row through every task, on the CPU.
@@ -53,7 +56,7 @@ class Frozen:
         return found
 
     def states(self, task: Task, rows: Sequence[Example]) -> Tensor:
-        """The states [n, d] where the first token of an answer is read."""
+        """The states [n, d] where the first token of an answer is read; the template shows no demonstrations."""
         plain = Task(task.template, task.names, SoftVerbalizer(), task.max_length)
         with evaluating(self.backbone.model), _model(self.backbone, [plain]) as model, torch.inference_mode():
             encoded = [model.encode(_bare(rows))]
@@ -75,7 +78,9 @@ class Frozen:
         for task in tasks:
             check_answers(task.settled(self.backbone))
         with evaluating(self.backbone.model), _model(self.backbone, tasks) as model:
-            for slot in range(len(tasks)):
+            for slot, task in enumerate(tasks):
+                if shows(task):
+                    model.demonstrate(self.support, slot, self.seed)
                 model.start(self.support, slot, self.batch_size)
                 model.calibrate(self.support, slot, self.batch_size)
             yield model
@@ -127,7 +132,8 @@ def _alike(model: Model) -> list[list[int]]:
     found: dict[tuple[object, ...], list[int]] = {}
     for slot in range(model.adapted.slots):
         features = model.reader(slot).features
-        found.setdefault((features.template, features.answer_lengths, features.max_length), []).append(slot)
+        own = None if features.template.demos is None else slot  # demonstrations show a task's own words
+        found.setdefault((features.template, features.answer_lengths, features.max_length, own), []).append(slot)
     return list(found.values())
 
 

@@ -100,7 +100,7 @@ class Session:
     @cached_property
     def frozen(self) -> Frozen:
         """The backbone, asked through many templates at once."""
-        return Frozen(self.backbone, self.train, self.options.batch_size)
+        return Frozen(self.backbone, self.train, self.options.batch_size, self.seed)
 
     @cached_property
     def labels(self) -> int:
@@ -200,6 +200,8 @@ def begin(
         )
     if resume and out is None:
         raise ConfigError("to resume needs the folder of the search that was broken off: give out")
+    if task.several:
+        raise ConfigError("a search is for tasks of one label a row, and this one may give several")
     check_answers(task.settled(backbone))
     _check_rows(task.names, "train", train, every=True)
     _check_rows(task.names, "dev", dev, every=False)

@@ -21,6 +21,7 @@ from deltaprompt.backbone import Backbone
 from deltaprompt.backbone.heads import Head
 from deltaprompt.errors import BackboneError, ConfigError
 from deltaprompt.model import Task
+from deltaprompt.model.showing import shows
 from deltaprompt.search._null import best_of, permuted
 from deltaprompt.search._result import SearchResult, Table, Test, settled
 from deltaprompt.search._session import Score, Session, Tuning, begin, check_counts
@@ -94,6 +95,10 @@ def label_words(
     began = monotonic()
     s = begin("label_words", backbone, task, train, dev, options, seed, out, resume, tuning)
     s.words()
+    if shows(task):
+        raise ConfigError(
+            "demonstrations show label words, which are what is searched; leave {demos} out of the template"
+        )
     _check_count(options, s.labels)
     known, classes = s.frozen.whole_words(task), s.classes(s.train)
     if len(known) < options.words:
