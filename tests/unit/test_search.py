@@ -856,7 +856,8 @@ def test_a_recipe_is_run_from_one_line(place: Path, table: str) -> None:
     assert [run["looked_at"]["test"]["rows"].split()[0] for run in found["runs"]] == ["4", "4"]
     for file in ("result.json", "result.md", "seed-0/result.json", "seed-1/result.md", "seed-0/journal.jsonl"):
         assert (place / "out" / file).stat().st_size
-    again = command(place, table, "--out", "out", "--resume")
+    more = ["--generator", str(place / "writer")] if "templates" in table else []
+    again = command(place, table, "--out", "out", "--resume", *more)
     assert again.exit_code == 0, again.output
     assert again.stdout.strip() == (place / "out" / "result.md").read_text().strip()
     assert "| baseline |" in again.stdout
@@ -886,7 +887,12 @@ def test_a_recipe_is_run_from_one_line(place: Path, table: str) -> None:
             (),
             "[generator] writes templates, and this search is lottery; leave it",
         ),
-        ('[search]\nkind = "templates"', (), "give the recipe [generator] with its name: t5-small, or a folder"),
+        (
+            '[search]\nkind = "templates"',
+            (),
+            "name it with --generator, or in the recipe's [generator]; such as t5-small, or a folder",
+        ),
+        (LOTTERY, ("--generator", "x"), "[generator] writes templates, and this search is lottery; leave it out"),
         (LOTTERY, ("--resume",), "--resume needs --out, the folder of the search that was broken off"),
         (LOTTERY, ("--test", "tset.jsonl"), "there is no file of test rows 'tset.jsonl'; mend test in [data]"),
         (LOTTERY, ("--shots", "6"), "shots=6 needs 7 of each class, one of them for dev"),

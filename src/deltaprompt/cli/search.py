@@ -27,7 +27,18 @@ OWN = ("search", "generator")  # tables that only these recipes have
 RESULT = "result"
 
 Recipe_ = Annotated[
-    Path, typer.Argument(help="A recipe, TOML, with a table [search]; options override it.", metavar="RECIPE.toml")
+    Path,
+    typer.Argument(help="A recipe, TOML, with a table for the search; options override it.", metavar="RECIPE.toml"),
+]
+Generator = Annotated[
+    str | None,
+    typer.Option(
+        "--generator",
+        help="What writes templates: an encoder-decoder with sentinels, a folder or a name on the hub.",
+        rich_help_panel=options.MODEL,
+        metavar="NAME",
+        show_default=False,
+    ),
 ]
 
 
@@ -38,6 +49,7 @@ def search(
     test: options.Test = None,
     shots: options.Shots = None,
     backbone: options.BackboneName = None,
+    generator: Generator = None,
     device: options.Device = None,
     seeds: options.Seeds = None,
     out: options.Out = None,
@@ -50,6 +62,9 @@ def search(
 
     tables = read_toml(recipe)
     own = {name: tables.pop(name) for name in OWN if name in tables}
+    if generator is not None:
+        table = own.get("generator")
+        own["generator"] = {**(table if isinstance(table, Mapping) else {}), "name": generator}
     over = {
         "backbone": {"name": backbone, "device": device},
         "data": {"train": data, "test": test},
@@ -129,8 +144,8 @@ def _generator(own: Mapping[str, Any], device: str | None) -> Backbone:
     table = own.get("generator")
     if not isinstance(table, Mapping) or "name" not in table:
         raise ConfigError(
-            "templates are written by an encoder-decoder with sentinels; give the recipe [generator] with its name: "
-            "t5-small, or a folder"
+            "templates are written by an encoder-decoder with sentinels; name it with "
+            "--generator, or in the recipe's [generator]; such as t5-small, or a folder"
         )
     g: BackboneTable = build({"backbone": dict(table)}).backbone
     device = g.device or device
