@@ -266,6 +266,15 @@ def test_shots_of_several_labels_are_some_rows_of_each_label(seed):
     assert drawn[3] == few_shot(MANY, 3, seed)
 
 
+def test_a_label_of_few_rows_gives_what_it_has():
+    rare = [*MANY, Example({"text": "rare"}, labels=("d", "a"))]
+    train, dev = few_shot(rare, 5, 0)
+    assert sum("d" in e.gold for e in train) == 1
+    assert not any("d" in e.gold for e in dev)
+    with pytest.raises(DataError, match="class 'd' has 1 row"):
+        few_shot([Example(e.fields, e.labels[0]) for e in rare], 5, 0)
+
+
 def test_a_split_of_several_labels_takes_a_share_of_each_combination():
     train, dev = split(MANY, 0.25, 0)
     assert sorted(e.fields["text"] for e in (*train, *dev)) == sorted(e.fields["text"] for e in MANY)

@@ -23,13 +23,16 @@ def few_shot(examples: Sequence[Example], shots: int, seed: int, dev: bool = Tru
     """`shots` rows of each class to train on and, with `dev`, up to as many others of each (never none) to choose by.
 
     With one seed, the training rows of fewer shots are among those of more. Where rows have several labels, each label
-    takes its own, and a row that is taken by several is there once.
+    takes its own, or all it has where these are fewer, and a row that is taken by several is there once.
     """
     if shots < 1:
         raise ConfigError(f"shots={shots}: a few-shot sample takes 1 row of each class or more")
     classes = _by_class(examples)
-    _check_counts({name: len(rows) for name, rows in classes.items()}, shots, dev)
-    return _deal(examples, classes.values(), seed, lambda count: (shots, min(shots, count - shots) if dev else 0))
+    if not any(example.labels for example in examples):
+        _check_counts({name: len(rows) for name, rows in classes.items()}, shots, dev)
+    return _deal(
+        examples, classes.values(), seed, lambda count: (shots, min(shots, max(count - shots, 0)) if dev else 0)
+    )
 
 
 def split(examples: Sequence[Example], fraction: float, seed: int) -> Dealt:
