@@ -50,9 +50,14 @@ def filled(fields: Sequence[str], text: str) -> Example:
 
 
 def some(texts: Sequence[Example], size: int, what: str) -> Sequence[Example]:
-    """The first texts, at most so many."""
+    """At most so many of the texts."""
     if not texts:
         raise ConfigError(
             f"{what} calibration needs texts of the task; give model.calibrate(examples) some, labelled or not"
         )
-    return texts[:size]
+    return spread(texts, size)
+
+
+def spread(texts: Sequence[Example], size: int) -> Sequence[Example]:
+    """At most so many of the texts, evenly spaced, since those of one label may stand together."""
+    return texts if len(texts) <= size else [texts[i * len(texts) // size] for i in range(size)]

@@ -47,9 +47,14 @@ class Deal:
         self.dev = dev
 
     def __call__(self, seed: int) -> Sets:
-        """Shots from the training rows, with as many to choose by; without shots all rows, a tenth of them held out."""
+        """Shots from the training rows, with as many to choose by; without shots all rows, a tenth of them held out.
+
+        With 0 shots none: their texts are then the unlabelled ones.
+        """
         held = self.dev is None and self.recipe.data.hold_out
         train, dev = self.train, list[Example]()
+        if self.recipe.shots == 0:
+            return [], None
         if self.recipe.shots is not None:
             train, dev = few_shot(self.train, self.recipe.shots, seed, dev=held)
         elif held:

@@ -14,6 +14,7 @@ from deltaprompt.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from deltaprompt.backbone import Backbone
     from deltaprompt.cli.recipe import Recipe
     from deltaprompt.deltas._base import Delta
     from deltaprompt.model import Task
@@ -132,9 +133,10 @@ def _run(recipe: Recipe, resume: bool) -> SeedsResult | GridResult:
     from deltaprompt.backbone import load
     from deltaprompt.cli.data import Deal, fields_of, rows, training_file
     from deltaprompt.cli.grid import cells_of
-    from deltaprompt.cli.task import deltas_for, task_for
+    from deltaprompt.cli.task import task_for
     from deltaprompt.data import labels_of
     from deltaprompt.model import Model
+    from deltaprompt.model.starting import unlabelled_of
     from deltaprompt.trainer import fit_grid, fit_seeds
 
     if recipe.generation is not None:
@@ -146,9 +148,11 @@ def _run(recipe: Recipe, resume: bool) -> SeedsResult | GridResult:
     test = None if recipe.data.test is None else rows(recipe.data.test, recipe.data, fields, "test")
     more = recipe.data.unlabelled
     unlabelled = [] if more is None else rows(more, recipe.data, fields, "unlabelled")
+    if recipe.shots == 0 and not unlabelled:
+        unlabelled = unlabelled_of(train)
     b = recipe.backbone
     backbone = load(b.name, kind=b.kind, device=b.device, dtype=b.dtype, attention=b.attention, revision=b.revision)
-    deltas = deltas_for(backbone) if recipe.deltas is None else recipe.deltas
+    deltas = _deltas(recipe, backbone)
     seeds, together, out = recipe.seeds, recipe.together, recipe.out
     if recipe.grid.axes:
         cells = cells_of(recipe, backbone, train, dev)
@@ -176,6 +180,17 @@ def _run(recipe: Recipe, resume: bool) -> SeedsResult | GridResult:
         resume=resume,
         unlabelled=unlabelled,
     )
+
+
+def _deltas(recipe: Recipe, backbone: Backbone) -> Sequence[Delta]:
+    """Those asked for, or the default; with 0 shots nothing is trained."""
+    from deltaprompt.cli.task import deltas_for
+
+    if recipe.shots == 0:
+        if recipe.deltas:
+            raise ConfigError("with 0 shots nothing is trained, and a delta would do nothing; leave the deltas out")
+        return ()
+    return deltas_for(backbone) if recipe.deltas is None else recipe.deltas
 
 
 def _told(recipe: Recipe, tasks: Sequence[Task], deltas: Sequence[Delta], kind: str) -> None:

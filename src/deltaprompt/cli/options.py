@@ -54,7 +54,8 @@ Fields = Annotated[
     _option("--field", help="A further field of the template: field=column. Repeat.", panel=DATA, metavar="FIELD=COL"),
 ]
 Shots = Annotated[
-    int | None, _option("--shots", help="Train on so many rows of each label, drawn by seed.", panel=DATA, metavar="K")
+    int | None,
+    _option("--shots", help="Train on so many rows of each label, drawn by seed; 0 for none.", panel=DATA, metavar="K"),
 ]
 NoDev = Annotated[
     bool,

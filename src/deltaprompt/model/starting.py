@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from deltaprompt.calibrations._base import spread
 from deltaprompt.errors import ConfigError
 from deltaprompt.features import Features
 from deltaprompt.templates import parse
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from deltaprompt.model.reader import Reader
 
 BARE = "{text}"
+SUPPORT = 200  # unlabelled texts that a start looks at (KPT's number)
 Look = Callable[[AtMask], Tensor]  # what is kept of a batch's rows: [b, k]
 
 
@@ -32,7 +34,7 @@ def start(
     verbalizer, scorer, features = reader.verbalizer, reader.scorer, reader.features
     if not isinstance(verbalizer, Started):
         return
-    rows = list(examples) if verbalizer.labelled else [*examples, *unlabelled]
+    rows = list(examples) if verbalizer.labelled else [*examples, *spread(unlabelled, SUPPORT)]
     for example in rows if verbalizer.labelled else []:
         check_labelled(example)
     each = [features.classes_of(example) or (-1,) for example in rows]

@@ -67,8 +67,8 @@ def fit(
 ) -> Run:
     """Trains a model's deltas and verbalizer in place; it is then as it was where dev was best (without dev: last).
 
-    Where nothing trains it takes what it needs of the examples (demonstrations, a start, a calibration) and is measured
-    on dev.
+    Where nothing trains, or there is nothing but unlabelled texts (zero-shot), it takes what it needs of them
+    (demonstrations, a start, a calibration) and is measured on dev.
 
     Args:
         model: of one adaptation. A verbalizer that starts from examples is given its start first, and a template that
@@ -101,7 +101,7 @@ def fit(
     if before is not None:
         fill(model, before[1])
         return before[0]
-    if model.parameter_count() == 0:
+    if model.parameter_count() == 0 or not train:
         return given(model, seat.plan, 0, seat.kept)
     (run,) = trained(model, [seat], seat.checkpoints, resume, progress, what)
     if run.failed:

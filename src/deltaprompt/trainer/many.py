@@ -77,7 +77,7 @@ def train_many(
     found = {seat.slot: before for seat in seats if (before := _before(seat, begun, resume)) is not None}
     runs = {slot: run for slot, (run, _) in found.items()}
     waiting = [seat for seat in seats if seat.slot not in found]
-    for seat in [seat for seat in waiting if model.parameter_count(seat.slot) == 0]:
+    for seat in [seat for seat in waiting if model.parameter_count(seat.slot) == 0 or not seat.plan.train]:
         runs[seat.slot] = given(model, seat.plan, seat.slot, seat.kept)
         waiting.remove(seat)
     reason = obstacle(plans)

@@ -16,14 +16,16 @@ FREE = ("checkpoint_every", "checkpointing", "keep")  # options that change no n
 
 def check(model: Trainable, slot: int, plan: Plan) -> None:
     """Raises where there is nothing to train, or nothing to train on."""
-    objective = objective_of(model)
-    if model.parameter_count(slot) == 0 and not objective.takes_examples(slot):
+    objective, zero_shot = objective_of(model), not plan.train and bool(plan.unlabelled)
+    if not zero_shot and model.parameter_count(slot) == 0 and not objective.takes_examples(slot):
         raise ConfigError(
             "nothing in this model trains: add a delta (lora, …) or a verbalizer that learns (soft); or let it take "
             "examples without training, as demonstrations ({demos:4} in the template) or for a calibration"
         )
-    if not plan.train:
-        raise ConfigError("there are no examples to train on")
+    if not plan.train and not zero_shot:
+        raise ConfigError(
+            "there are no examples to train on; to answer without any, give texts of the task as unlabelled ones"
+        )
     if plan.dev is not None and not plan.dev:
         raise ConfigError("the dev set has no examples; leave it out to train without one")
     for name, examples in (("train", plan.train), ("dev", plan.dev or [])):
