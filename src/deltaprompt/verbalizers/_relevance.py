@@ -1,7 +1,7 @@
-"""R(v) = r(v, own) / M_d(r(v, others)): how much more a word goes with its own class (KPT, Hu et al. 2022, eq. 3).
+"""R(v) = r(v, own) / mean_{y ≠ own} r(v, y): how much more a word goes with its own class (KPT, Hu et al. 2022, eq. 3).
 
-r is the cosine of two words' scores over a support, each centred; M_d the power mean of their released code, near the
-largest for two classes and near the quadratic mean for ten.
+r is the cosine of two words' scores over a support, each centred; a word with R < 1 goes with other classes more. Their
+released code differs: a power mean of the others, and one share of words for all classes, cut where R is nearest to 1.
 """
 
 from __future__ import annotations
@@ -11,37 +11,39 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 
-def relevant(support: Tensor, member: Tensor, name: Tensor, kept: Tensor) -> Tensor:
-    """Which words to keep: [n, u], [c, u], [c], [u] -> [u].
-
-    One share is kept in all classes: the one at which the last word's R is nearest to 1, over the classes.
+def relevant(support: Tensor, member: Tensor, name: Tensor, kept: Tensor, legacy: bool = False) -> Tensor:
+    """Which words to keep: [u].
 
     Args:
-        support: log-probabilities of the words, of n texts.
-        member: which words are a class's.
-        name: the word that is the class's name.
-        kept: words that are still in question.
+        support: log-probabilities of the words, of n texts [n, u].
+        member: which words are a class's [c, u].
+        name: the word that is the class's name [c].
+        kept: words that are still in question [u].
+        legacy: whether to keep those that the released code keeps.
     """
-    score = _scores(support, member, name)
+    classes = len(member)
+    d = 10 / (classes - 2 + 0.01) + 1 if legacy else 1.0
+    score = _scores(support, member, name, d)
+    if not legacy:
+        return kept & (score >= 1)
     orders = [_by_score(score, own & kept) for own in member]
     shares = [i / 100 for i in range(1, 101)]
-    miss = [sum(_miss(score, order, share) for order in orders) for share in shares]
-    best = shares[min(range(len(shares)), key=miss.__getitem__)]
+    best = min(shares, key=lambda share: sum(_miss(score, order, share) for order in orders))
     found = torch.zeros_like(kept)
     for order in orders:
         found[order[: _count(order, best)]] = True
     return found
 
 
-def _scores(support: Tensor, member: Tensor, name: Tensor) -> Tensor:
-    """R of every word [u]; 0 where it goes against its own class, the largest number where no other class has part."""
+def _scores(support: Tensor, member: Tensor, name: Tensor, d: float) -> Tensor:
+    """R of every word [u], the others' mean being the power mean of exponent d; where that is 0, the largest number.
+
+    What is below 0 counts as 0: a word that goes against its own class has R = 0.
+    """
     centred = normalize(support - support.mean(0), dim=0)  # [n, u]
-    r = centred.T @ centred[:, name]  # [u, c]
-    classes = len(member)
-    own = member.T  # [u, c]
-    d = 10 / (classes - 2 + 0.01) + 1
-    others = r.clamp(min=0).masked_fill(own, 0.0).pow(d).sum(-1) / max(classes - 1, 1)
-    score = r.masked_fill(~own, -torch.inf).amax(-1).clamp(min=0) / others.pow(1 / d)
+    r, own = (centred.T @ centred[:, name]).clamp(min=0), member.T  # [u, c]
+    others = r.masked_fill(own, 0.0).pow(d).sum(-1) / max(len(member) - 1, 1)
+    score = r.masked_fill(~own, 0.0).amax(-1) / others.pow(1 / d)
     return score.nan_to_num(nan=0.0, posinf=torch.finfo(score.dtype).max)
 
 

@@ -34,6 +34,7 @@ class Knowledgeable(Verbalizer, Answers, Worded, Started):
         relevance: whether words that go with other classes are dropped.
         mean: of a class's words: of their probabilities (the paper's for no examples), or of their logarithms (its
             for few).
+        legacy: relevance as their released code decides it.
     """
 
     words: Mapping[str, str | tuple[str, ...]]
@@ -41,6 +42,7 @@ class Knowledgeable(Verbalizer, Answers, Worded, Started):
     frequency: float = 0.5
     relevance: bool = True
     mean: Mean = "arithmetic"
+    legacy: bool = False
     begun: ClassVar[str] = ""
     labelled: ClassVar[bool] = False
 
@@ -87,7 +89,7 @@ class Knowledgeable(Verbalizer, Answers, Worded, Started):
         kept = lowest >= self.frequency * len(every)
         kept[name] = True
         if self.relevance:
-            kept &= relevant(words, member, name, kept)
+            kept &= relevant(words, member, name, kept, self.legacy)
             kept[name] = True
         return {"kept": kept.float()}
 
