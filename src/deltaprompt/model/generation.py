@@ -54,12 +54,12 @@ class Generation:
     def writing(self, backbone: Backbone, deltas: Sequence[Delta]) -> Writing:
         """How examples become rows on a backbone, with deltas that will act, each an instance."""
         longest, virtual = room(backbone, deltas, self.max_length)
-        most = _most(self.max_target, longest, longest if backbone.kind == "seq2seq" else longest - virtual)
+        most = _most(self.max_target, longest, longest if _two(backbone) else longest - virtual - 1)
         features = Features(
             backbone.tokenizer,
             _prompt(parse(self.template), backbone),
             backbone.kind,
-            longest if backbone.kind == "seq2seq" else longest - most,
+            longest if _two(backbone) else longest - most,
             (),
             soft_base=backbone.vocabulary,
             prepend_soft=virtual,
@@ -113,7 +113,7 @@ class Chat:
         template = ChatTemplate(backbone.tokenizer)
         ends = _ends(backbone, (template.end_id(),))
         return FromMessages(
-            features, _most(self.max_target, longest, longest - virtual), ends, template, self.packed, self.overlong
+            features, _most(self.max_target, longest, longest - virtual - 1), ends, template, self.packed, self.overlong
         )
 
 
@@ -123,7 +123,7 @@ def _two(backbone: Backbone) -> bool:
 
 def _most(asked: int | None, longest: int, free: int) -> int:
     """The ids of a target at most: what was asked for, where it leaves room for a prompt."""
-    most = min(LONGEST, max(free // 2, 1)) if asked is None else asked
+    most = min(LONGEST, (free + 1) // 2) if asked is None else asked
     if not 1 <= most <= free:
         raise ConfigError(
             f"max_target {most} is not possible: 1 to {free} of {longest} tokens are; take fewer, or raise max_length"
