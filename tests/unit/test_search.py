@@ -296,6 +296,23 @@ def test_train_ranks_dev_chooses_and_test_is_measured() -> None:
     assert result.answers[2].tasks == tuple(ordered[:3])
 
 
+@pytest.mark.parametrize("task", [TASK, OTHERS["calibrated"], OTHERS["shown"]], ids=["plain", "calibrated", "shown"])
+def test_the_chosen_prompt_becomes_a_model(task: dp.Task, tmp_path: Path) -> None:
+    backbone = zoo.build("gpt2")
+    options = replace(
+        SMALL,
+        size=2,
+        shapes=("{demos:2}{text} <noun> {mask}.\n" if task is OTHERS["shown"] else "{text} <noun> {mask}",),
+    )
+    result = search.lottery(backbone, task, TRAIN, DEV, options=options)
+    model = result.model()
+    gold = torch.tensor([TASK.names.index(str(row.label)) for row in DEV])
+    assert float((model.probabilities(DEV).argmax(-1) == gold).double().mean()) == result.answers[1].dev.accuracy
+    model.save(tmp_path / "chosen")
+    model.adapted.remove()
+    assert search.lottery(backbone, task, TRAIN, DEV, options=options).task == result.task
+
+
 def test_an_ensemble_is_the_mean_of_probabilities() -> None:
     p, q = torch.tensor([[0.9, 0.1], [0.2, 0.8]]), torch.tensor([[0.3, 0.7], [0.4, 0.6]])
     torch.testing.assert_close(mixed([p, q]), torch.tensor([[0.6, 0.4], [0.3, 0.7]]))
@@ -856,6 +873,9 @@ def test_a_recipe_is_run_from_one_line(place: Path, table: str) -> None:
     assert [run["looked_at"]["test"]["rows"].split()[0] for run in found["runs"]] == ["4", "4"]
     for file in ("result.json", "result.md", "seed-0/result.json", "seed-1/result.md", "seed-0/journal.jsonl"):
         assert (place / "out" / file).stat().st_size
+    if table in (LOTTERY, WORDS):
+        chosen = found["runs"][1]["answers"][1]["test"]["accuracy"]
+        assert dp.open(place / "out" / "seed-1" / "chosen").evaluate(ROWS[12:])["accuracy"] == chosen
     more = ["--generator", str(place / "writer")] if "templates" in table else []
     again = command(place, table, "--out", "out", "--resume", *more)
     assert again.exit_code == 0, again.output

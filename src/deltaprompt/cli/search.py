@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from deltaprompt.types import Example
 
 OWN = ("search", "generator")  # tables that only these recipes have
-RESULT = "result"
+RESULT, CHOSEN = "result", "chosen"
 
 Recipe_ = Annotated[
     Path,
@@ -111,6 +111,7 @@ def _run(recipe: Recipe, own: Mapping[str, Any], trains: bool, resume: bool) -> 
         tuning = _tuning(recipe, backbone, seed)
         found.append(_searched(kind, options, backbone, generator, task, draw, seed, tuning, folder, resume))
         _write(folder, found[-1])
+        _keep(folder, found[-1])
     if test is not None:
         held = rows(test, recipe.data, fields, "test")
         found = [_measured(result, held, out) for result in found]
@@ -214,6 +215,19 @@ def _measured(result: SearchResult, test: Sequence[Example], out: Path | None) -
         console.note(f"{seen} test rows are also among the rows that seed {result.session.seed} chose by")
     _write(None if out is None else out / f"seed-{result.session.seed}", measured)
     return measured
+
+
+def _keep(folder: Path | None, result: SearchResult) -> None:
+    """The chosen prompt as an adaptation of the frozen model, for `deltaprompt predict`."""
+    if folder is None:
+        return
+    model = result.model()
+    try:
+        model.save(folder / CHOSEN)
+    finally:
+        model.adapted.remove()
+    tuned = "" if result.session.tuning is None else " (without tuning; fit trains with its template and words)"
+    console.note(f"use it: deltaprompt predict {shlex.quote(str(folder / CHOSEN))} FILE{tuned}")
 
 
 def _write(folder: Path | None, found: SearchResult | Draws) -> None:

@@ -72,18 +72,29 @@ class Frozen:
         with _model(self.backbone, [plain]) as model:
             return {i: self.backbone.tokenizer.decode([i]).strip() for i in model.features.whole_words()}
 
+    def model(self, task: Task) -> Model:
+        """A model of one task, ready to answer, which is attached to the backbone until `adapted.remove()`."""
+        check_answers(task.settled(self.backbone))
+        model = Model(self.backbone, task, ())
+        self._begin(model, [task])
+        return model
+
     @contextmanager
     def _asking(self, tasks: Sequence[Task]) -> Iterator[Model]:
         """A model of the tasks, a slot each, ready to answer; afterwards the backbone is as it was."""
         for task in tasks:
             check_answers(task.settled(self.backbone))
         with evaluating(self.backbone.model), _model(self.backbone, tasks) as model:
-            for slot, task in enumerate(tasks):
-                if shows(task):
-                    model.demonstrate(self.support, slot, self.seed)
-                model.start(self.support, slot, self.batch_size)
-                model.calibrate(self.support, slot, self.batch_size)
+            self._begin(model, tasks)
             yield model
+
+    def _begin(self, model: Model, tasks: Sequence[Task]) -> None:
+        """Gives each task what it needs of the training rows before it answers."""
+        for slot, task in enumerate(tasks):
+            if shows(task):
+                model.demonstrate(self.support, slot, self.seed)
+            model.start(self.support, slot, self.batch_size)
+            model.calibrate(self.support, slot, self.batch_size)
 
     def _parts(
         self, model: Model, encoded: Sequence[Sequence[Encoded]], alike: Sequence[Sequence[int]]

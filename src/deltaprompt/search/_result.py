@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deltaprompt.errors import DataError
-from deltaprompt.model import Task
+from deltaprompt.model import Model, Task
 from deltaprompt.search._journal import rows_told
 from deltaprompt.search._null import best_of, permuted
 from deltaprompt.search._session import Score, Session, told_of
@@ -78,6 +78,10 @@ class SearchResult:
     def task(self) -> Task:
         """The chosen task."""
         return self.shortlist[0].task
+
+    def model(self) -> Model:
+        """The frozen backbone with the chosen prompt, to predict with and to save; `adapted.remove()` takes it off."""
+        return self.session.frozen.model(self.task)
 
     def measured(self, test: Test) -> SearchResult:
         """The same with what its answers come to on test rows, which are read now."""
