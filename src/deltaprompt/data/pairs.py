@@ -55,10 +55,10 @@ def read_inputs(path_or_dash: str | os.PathLike[str], fields: Mapping[str, str] 
 
 def grouped(examples: Sequence[Example]) -> list[Example]:
     """Examples that are equal but for the target as one, with all their right texts as references, each once."""
-    found: dict[tuple[Fields, str | None], list[str]] = {}
+    found: dict[tuple[Fields, str | None], list[Example]] = {}
     for example in examples:
-        found.setdefault((given_of(example), example.label), []).extend(_texts(example))
-    return [Example(dict(fields), label, tuple(dict.fromkeys(texts))) for (fields, label), texts in found.items()]
+        found.setdefault((given_of(example), example.label), []).append(example)
+    return [_together(some) for some in found.values()]
 
 
 def hold_out(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
@@ -86,8 +86,8 @@ def told_apart(examples: Sequence[Example], train: Sequence[Example], field: str
 
 
 def given_of(example: Example) -> Fields:
-    """What is given in an example: all its fields but the target."""
-    return tuple(sorted((name, text) for name, text in example.fields.items() if name != TARGET))
+    """What is given in an example: all its fields but the target, and what is said."""
+    return (*sorted((name, text) for name, text in example.fields.items() if name != TARGET), *example.messages)
 
 
 def linearised(triples: Sequence[Sequence[str]]) -> str:
@@ -100,8 +100,16 @@ def _term(term: str) -> str:
     return bare.replace("_", " ").strip()
 
 
-def _texts(example: Example) -> tuple[str, ...]:
-    return example.references or tuple(text for name, text in example.fields.items() if name == TARGET)
+def _together(examples: Sequence[Example]) -> Example:
+    """Examples that give the same as one."""
+    first = examples[0]
+    fields = {name: text for name, text in first.fields.items() if name != TARGET}
+    texts = [text for example in examples for text in (example.references or _target(example))]
+    return replace(first, fields=fields, references=tuple(dict.fromkeys(texts)))
+
+
+def _target(example: Example) -> tuple[str, ...]:
+    return tuple(text for name, text in example.fields.items() if name == TARGET)
 
 
 def _pairs(rows: Rows, target: str | None, fields: Mapping[str, str]) -> Iterator[Example]:
