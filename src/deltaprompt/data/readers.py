@@ -2,6 +2,7 @@
 
 - The column `text` becomes the field "text"; `fields={"premise": "sentence1"}` maps further fields to columns. A row
   where one of these is missing (no value, blank, NaN) is an error. `text=None` asks for no text column.
+- A list of words in a column that is asked for (JSON, Parquet) is joined by blanks.
 - Every other column that holds a string, number or boolean is a field under its own name; the rest is left out. What
   an object within a row holds has a dotted name: `{"meta": {"word": "a"}}` is the column "meta.word".
 - The column `label` is the label, never a field (unless `fields` maps one to it). 1.0 is written "1", True "true". A
@@ -152,7 +153,9 @@ def filled(row: Row, column: str, what: str) -> str:
     if column not in row.values:
         mend = _NAME_ONE.get(what, "name one with fields={'field': 'column'}")
         raise DataError(f"{row.at}: no column {column!r} for the {what}{listing(column, row.values)}; {mend}")
-    text = written(row, column)
+    value = row.values[column]
+    words = isinstance(value, list) and what != "label" and bool(value) and all(isinstance(one, str) for one in value)
+    text = written(Row(row.at, {column: " ".join(value)}) if words else row, column)
     if text is None or not text.strip():
         got = f"column {column!r} holds {row.values[column]!r:.60}"
         raise Missing(f"{row.at}: the {what} is missing: {got}; put a text or a number there, or remove the row")
