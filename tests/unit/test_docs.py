@@ -39,3 +39,14 @@ def test_the_walk_through_writes_a_method_in_under_sixty_lines():
     [(path, code)] = SHOWN.findall(page)
     assert path == "src/deltaprompt/deltas/adapter_bias.py"
     assert len(code.splitlines()) < 60
+
+
+def test_every_test_that_the_openprompt_page_names_is_there():
+    named = re.findall(r"(tests/[\w/]+\.py)(?:::(\w+))?", (ROOT / "docs/openprompt.md").read_text())
+    assert len(named) > 40
+    missing = [
+        f"{path}::{test}"
+        for path, test in named
+        if not (ROOT / path).is_file() or (test and f"def {test}(" not in (ROOT / path).read_text())
+    ]
+    assert missing == []
