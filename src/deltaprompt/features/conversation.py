@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, Final, Literal
@@ -181,6 +181,11 @@ class FromMessages(Writing):
         """What the assistant says last."""
         last = example.messages[-1:]
         return example.references or tuple(m.content.strip() for m in last if m.role == "assistant")
+
+    def answered(self, example: Example) -> Example:
+        """The conversation without a question at its end that has no answer."""
+        open_ = not example.references and [m.role for m in example.messages[-1:]] == ["user"]
+        return replace(example, messages=example.messages[:-1]) if open_ else example
 
     @cached_property
     def _front(self) -> list[int]:

@@ -36,6 +36,10 @@ class Writing(ABC):
     def answers(self, example: Example) -> tuple[str, ...]:
         """The right texts of an example; none where it has none."""
 
+    @abstractmethod
+    def answered(self, example: Example) -> Example:
+        """An example without what nothing follows, so that its prompt asks for what its right texts answer."""
+
 
 @dataclass(frozen=True, eq=False)
 class FromTemplate(Writing):
@@ -67,6 +71,9 @@ class FromTemplate(Writing):
             return example.references
         pieces = (p for p in self.target.pieces if isinstance(p, Literal | Field))
         return ("".join(p.text if isinstance(p, Literal) else p.value(example.fields) for p in pieces),)
+
+    def answered(self, example: Example) -> Example:
+        return example
 
     def _answers(self, example: Example, number: int) -> tuple[str, ...]:
         texts = self.answers(example)

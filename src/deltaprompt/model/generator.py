@@ -189,6 +189,7 @@ class Generator(nn.Module):
 
         if not examples:
             raise ConfigError("there are no examples to evaluate on")
+        examples = [self.writing.answered(example) for example in examples]
         right = [self.writing.answers(example) for example in examples]
         if (bare := next((n for n, texts in enumerate(right, 1) if not texts), None)) is not None:
             raise ConfigError(f"example {bare} has no right text to compare with; give it references, or a target")
