@@ -419,3 +419,12 @@ def test_shipped() -> None:
         pytest.skip("the demo data is not there yet")
     for split in shipped.SPLITS:
         assert len(labels_of(shipped.load(split))) > 1
+
+
+def test_a_list_of_words_is_a_text_where_it_is_asked_for(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"tokens": ["A", "good", "film"], "label": "up", "mixed": ["a", 1]}\n')
+    assert read(path, text="tokens")[0].fields == {"text": "A good film"}
+    assert "tokens" not in read(path, text=None, fields={"words": "label"})[0].fields
+    with pytest.raises(DataError, match="the field 'text' is missing: column 'mixed' holds"):
+        read(path, text="mixed")

@@ -153,13 +153,21 @@ def filled(row: Row, column: str, what: str) -> str:
     if column not in row.values:
         mend = _NAME_ONE.get(what, "name one with fields={'field': 'column'}")
         raise DataError(f"{row.at}: no column {column!r} for the {what}{listing(column, row.values)}; {mend}")
-    value = row.values[column]
-    words = isinstance(value, list) and what != "label" and bool(value) and all(isinstance(one, str) for one in value)
-    text = written(Row(row.at, {column: " ".join(value)}) if words else row, column)
+    text = _words(row, column) if what != "label" else None
+    text = written(row, column) if text is None else text
     if text is None or not text.strip():
         got = f"column {column!r} holds {row.values[column]!r:.60}"
         raise Missing(f"{row.at}: the {what} is missing: {got}; put a text or a number there, or remove the row")
     return text
+
+
+def _words(row: Row, column: str) -> str | None:
+    """A list of words, joined by blanks; None for what is no such list."""
+    given = row.values[column]
+    words = [one for one in given if isinstance(one, str)] if isinstance(given, list) else []
+    if not words or not isinstance(given, list) or len(words) < len(given):
+        return None
+    return sound(" ".join(words), f"{row.at}: column {column!r}")
 
 
 def written(row: Row, column: str) -> str | None:
