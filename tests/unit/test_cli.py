@@ -324,9 +324,9 @@ FITS = [path for path in sorted((ROOT / "recipes").glob("*.toml")) if f"fit reci
 @pytest.mark.parametrize("path", FITS, ids=lambda p: p.stem)
 def test_the_recipes_that_come_along(path):
     made = build(read_toml(path))
-    assert made.seeds == (0, 1, 2, 3, 4)
-    assert made.deltas is not None
-    assert made.data.train is not None
+    assert len(made.seeds) >= 3 or made.shots == 0  # without training all seeds are alike
+    assert made.deltas is not None or made.shots == 0
+    assert made.data.train is not None or made.pairs is not None
 
 
 @pytest.mark.parametrize("name", ["agnews", "cr", "dbpedia14"])

@@ -112,6 +112,14 @@ def test_a_place_in_the_text_or_the_context_says_where_a_mention_is(tmp_path):
     ]
 
 
+def test_who_is_mentioned_is_kept_and_types_may_have_another_column(tmp_path):
+    row = {"text": "Ann sat", "start": 0, "end": 3, "entity": "Q1", "coarse": "person", "kinds": ["x"], "label": "no"}
+    (found,) = read_entities(rows(tmp_path / "a.jsonl", row), label="kinds")
+    assert (found.fields["entity"], found.fields["coarse"], found.labels) == ("Q1", "person", ("x",))
+    assert "kinds" not in found.fields
+    assert hidden(found).fields["entity"] == "Q1"
+
+
 def test_a_mention_without_a_type_is_an_error_or_left_out(tmp_path):
     path = rows(tmp_path / "a.jsonl", {"text": "Ann", "start": 0, "end": 3, "labels": []})
     with pytest.raises(DataError, match="line 1: the label is missing: column 'labels' holds"):

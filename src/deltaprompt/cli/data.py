@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 
+from deltaprompt.cli import entities
 from deltaprompt.cli.console import note
 from deltaprompt.cli.recipe import DataTable, Recipe
 from deltaprompt.cli.task import TEMPLATES
-from deltaprompt.data import few_shot, read, split
+from deltaprompt.data import few_shot, labels_of, read, split
 from deltaprompt.data.formats import HUB
 from deltaprompt.errors import ConfigError
 from deltaprompt.templates import parse
@@ -23,7 +24,7 @@ DEV_SHARE = 0.1  # of all rows, where there are neither shots nor a dev file
 Sets = tuple[Sequence[Example], Sequence[Example] | None]
 
 
-def rows(source: str, asked: DataTable, fields: Iterable[str], role: str) -> list[Example]:
+def rows(source: str, asked: DataTable, fields: Collection[str], role: str) -> list[Example]:
     """The rows of a file, or of a dataset on the hub: `hf:name`, `hf:name@split`; labelled but for "unlabelled"."""
     name, at, named = source.partition("@") if source.startswith(HUB) else (source, "", "")
     wanted = (named if at else SPLITS[role]) if source.startswith(HUB) else None
@@ -32,7 +33,10 @@ def rows(source: str, asked: DataTable, fields: Iterable[str], role: str) -> lis
     dropped: list[str] = []
     on_empty = dropped.append if asked.drop_empty else None
     labelled = role != "unlabelled"
-    found = read(name, text=text, label=asked.label, fields=own, split=wanted, labelled=labelled, on_empty=on_empty)
+    if entities.asked_for(fields):
+        found = entities.mentions(name, wanted, labelled, on_empty, None if asked.label == "label" else asked.label)
+    else:
+        found = read(name, text=text, label=asked.label, fields=own, split=wanted, labelled=labelled, on_empty=on_empty)
     if dropped:
         note(f"{source}: left out {len(dropped)} of {len(found) + len(dropped)} rows, the first: {dropped[0]}")
     return found
@@ -66,6 +70,11 @@ def fields_of(recipe: Recipe) -> frozenset[str]:
     """The fields that a recipe's templates have, of a grid all of them together."""
     templates = recipe.grid.template or (recipe.task.template or TEMPLATES["encoder"],)
     return frozenset(name for template in templates for name in parse(template).fields)
+
+
+def names_of(asked: DataTable, train: Sequence[Example]) -> tuple[str, ...]:
+    """The labels: those of a file that has all, else the data's."""
+    return labels_of(train) if asked.types is None else entities.types_in(asked.types)
 
 
 def training_file(recipe: Recipe) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from deltaprompt.cli import console, options, writing
+from deltaprompt.cli import console, entities, options, writing
 from deltaprompt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def fit(
     target: options.Target = None,
     chat: options.ChatFlag = False,
     max_length: options.MaxLength = None,
+    several: options.Several = False,
     backbone: options.BackboneName = None,
     delta: options.Deltas = None,
     device: options.Device = None,
@@ -113,6 +114,7 @@ def _tables(given: dict[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
             "verbalizer": variant_of("verbalizers", verbalizer) if verbalizer else None,
             "calibration": variant_of("calibrations", given["calibration"]) if given["calibration"] else None,
             "max_length": None if written else given["max_length"],
+            "several": given["several"] or None,
         },
         "data": {
             "train": given["data"],
@@ -131,16 +133,19 @@ def _tables(given: dict[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
 def _run(recipe: Recipe, resume: bool) -> SeedsResult | GridResult:
     """Loads, trains and measures."""
     from deltaprompt.backbone import load
-    from deltaprompt.cli.data import Deal, fields_of, rows, training_file
+    from deltaprompt.cli.data import Deal, fields_of, names_of, rows, training_file
     from deltaprompt.cli.grid import cells_of
     from deltaprompt.cli.task import task_for
-    from deltaprompt.data import labels_of
     from deltaprompt.model import Model
     from deltaprompt.model.starting import unlabelled_of
     from deltaprompt.trainer import fit_grid, fit_seeds
 
     if recipe.generation is not None:
         return writing.run(recipe, recipe.generation, resume)
+    b = recipe.backbone
+    if recipe.pairs is not None:
+        backbone = load(b.name, kind=b.kind, device=b.device, dtype=b.dtype, attention=b.attention, revision=b.revision)
+        return entities.fit(recipe, recipe.pairs, backbone, resume)
     source = training_file(recipe)
     fields = fields_of(recipe)
     train = rows(source, recipe.data, fields, "train")
@@ -150,13 +155,12 @@ def _run(recipe: Recipe, resume: bool) -> SeedsResult | GridResult:
     unlabelled = [] if more is None else rows(more, recipe.data, fields, "unlabelled")
     if recipe.shots == 0 and not unlabelled:
         unlabelled = unlabelled_of(train)
-    b = recipe.backbone
     backbone = load(b.name, kind=b.kind, device=b.device, dtype=b.dtype, attention=b.attention, revision=b.revision)
     deltas = _deltas(recipe, backbone)
     seeds, together, out = recipe.seeds, recipe.together, recipe.out
     if recipe.grid.axes:
         cells = cells_of(recipe, backbone, train, dev)
-        _told(recipe, [cell.task for cell in cells], deltas, backbone.kind)
+        told(recipe, [cell.task for cell in cells], deltas, backbone.kind)
         return fit_grid(
             lambda tasks, seeds: Model(backbone, tasks, deltas, seeds),
             cells,
@@ -167,8 +171,8 @@ def _run(recipe: Recipe, resume: bool) -> SeedsResult | GridResult:
             resume=resume,
             unlabelled=unlabelled,
         )
-    task, deal = task_for(recipe.task, backbone, labels_of(train)), Deal(recipe, train, dev)
-    _told(recipe, [task], deltas, backbone.kind)
+    task, deal = task_for(recipe.task, backbone, names_of(recipe.data, train)), Deal(recipe, train, dev)
+    told(recipe, [task], deltas, backbone.kind)
     return fit_seeds(
         lambda seeds: Model(backbone, task, deltas, seeds),
         deal,
@@ -193,7 +197,7 @@ def _deltas(recipe: Recipe, backbone: Backbone) -> Sequence[Delta]:
     return deltas_for(backbone) if recipe.deltas is None else recipe.deltas
 
 
-def _told(recipe: Recipe, tasks: Sequence[Task], deltas: Sequence[Delta], kind: str) -> None:
+def told(recipe: Recipe, tasks: Sequence[Task], deltas: Sequence[Delta], kind: str) -> None:
     """What is about to be done, and which of it was not asked for but chosen."""
     from deltaprompt.cli.grid import note_grid
     from deltaprompt.trainer.accelerated import is_main
@@ -218,7 +222,7 @@ def _told(recipe: Recipe, tasks: Sequence[Task], deltas: Sequence[Delta], kind: 
 
 
 def _show(result: SeedsResult) -> None:
-    metrics = {"accuracy": "accuracy", "macro_f1": "macro F1"}
+    metrics = entities.shown_of(result.test)
     columns = ["seed", "dev accuracy", *(f"test {shown}" for shown in metrics.values()), "steps", "seconds"]
     each = {metric: iter(told["each"]) for metric, told in result.test.items()}
     body = [

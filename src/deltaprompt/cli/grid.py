@@ -11,10 +11,9 @@ from typing import Any, cast
 
 from deltaprompt.backbone import Backbone
 from deltaprompt.cli import console
-from deltaprompt.cli.data import Deal
+from deltaprompt.cli.data import Deal, names_of
 from deltaprompt.cli.recipe import NUMBERS, Recipe
 from deltaprompt.cli.task import task_for
-from deltaprompt.data import labels_of
 from deltaprompt.errors import ConfigError
 from deltaprompt.trainer import Cell, CellResult, GridResult
 from deltaprompt.types import Example
@@ -27,7 +26,7 @@ LEGEND = 160  # characters of what a number stands for
 
 def cells_of(recipe: Recipe, backbone: Backbone, train: Sequence[Example], dev: Sequence[Example] | None) -> list[Cell]:
     """A cell for each combination of what is tried; those with as many shots have the same examples."""
-    names = labels_of(train)
+    names = names_of(recipe.data, train)
     axes = _alike(recipe.grid.axes, names)
     _check_labels(recipe)
     deals = {k: Deal(replace(recipe, shots=k), train, dev) for k in axes.get("shots", (recipe.shots,))}

@@ -82,6 +82,10 @@ VerbalizerOption = Annotated[
     str | None,
     _option("--verbalizer", help="Such as prototypes:scale=10.", panel=TASK, metavar="KIND[:OPTION=VALUE,…]"),
 ]
+Several = Annotated[
+    bool,
+    _option("--several", help="A row may have several labels: a list in the column of the label.", panel=TASK),
+]
 CalibrationOption = Annotated[
     str | None,
     _option(

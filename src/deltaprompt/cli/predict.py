@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deltaprompt.cli import console, options, writing
+from deltaprompt.cli import console, entities, options, writing
 from deltaprompt.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ def predict(
     fields = pairs(field or [], "--field")
     if isinstance(model, Generator):
         examples = writing.inputs(model, source, text, fields)
+    elif source != STDIN and entities.asked_for(model.features.template.fields):
+        examples = iter(entities.mentions(source, None, False, None, None))
     else:
         examples = read_texts(source, text, fields)
     at_once = 1 if source == STDIN and sys.stdin.isatty() else batch_size * BATCHES_AT_ONCE
@@ -97,17 +99,18 @@ def evaluate(
     if as_json:
         console.print_json(told)
         return
-    shown = [
-        ["accuracy", f"{told['accuracy']:.4f}"],
-        ["macro F1", f"{told['macro_f1']:.4f}"],
-        ["examples", f"{len(examples):,}"],
-    ]
+    shown = [[called, f"{told[name]:.4f}"] for name, called in entities.shown_of(told).items()]
+    shown.append(["examples", f"{len(examples):,}"])
     console.output().print(console.table(["", str(folder)], shown))
 
 
 def _line(found: Mapping[str, Any]) -> str:
     """An answer on one line."""
-    return " ".join(found["text"].splitlines()) if "text" in found else f"{found['label']}\t{found['score']:.4f}"
+    if "text" in found:
+        return " ".join(found["text"].splitlines())
+    labels = found.get("labels", [found["label"]])
+    scores = ",".join(f"{found['scores'][label]:.4f}" for label in labels)
+    return f"{','.join(labels)}\t{scores}"
 
 
 def opened(folder: Path, backbone: str | None, device: str | None) -> Kept:

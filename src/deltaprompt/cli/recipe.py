@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from deltaprompt import registry
 from deltaprompt.backbone import Kind
+from deltaprompt.data.linked import Linked
 from deltaprompt.deltas._base import Delta
 from deltaprompt.errors import ConfigError, nearest
 from deltaprompt.model.generation import Chat, Generation
@@ -48,6 +49,7 @@ class TaskTable:
     verbalizer: Mapping[str, Any] | None = None
     max_length: int | None = None
     calibration: Mapping[str, Any] | None = None
+    several: bool = False  # whether a row may have several labels
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class DataTable:
     drop_empty: bool = False
     hold_out: bool = True  # without a dev file, some rows are kept from training to choose by
     target: str = "target"  # of generation: the column of what is to be written, a text or a list of right ones
+    types: str | None = None  # a file of all labels, one a line, where the data does not have each
     seen: str | None = None  # a column by which test rows are measured apart: whether training rows have the same there
 
 
@@ -109,11 +112,13 @@ class Recipe:
     out: str | None
     grid: GridTable = GridTable()
     generation: Generation | Chat | None = None  # texts are written, and there is no task
+    pairs: Linked | None = None  # of mentions, to train on without labels
 
 
 WORD_FILE = re.compile(r"\.(txt|csv|jsonl?)(#[0-9]+)?$")  # of label words; #1: the second of several in it
 TABLES = {"backbone": BackboneTable, "task": TaskTable, "data": DataTable, "training": Training, "grid": GridTable}
 WRITING: dict[str, type[Generation | Chat]] = {"generation": Generation, "chat": Chat}  # instead of [task]
+PAIRS = "pairs"
 OF_LABELS = ("text", "label", "unlabelled", "drop_empty")  # keys of [data] that generation has no use for
 TOP = ("deltas", "seeds", "together", "shots", "out")
 NUMBERS = ("shots", "learning_rate")  # axes of a grid whose values are numbers
@@ -132,7 +137,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def build(given: Mapping[str, Any]) -> Recipe:
     """The recipe of nested tables; an unknown key is an error that names the nearest known one and its table."""
-    check_keys(given, (*TABLES, *WRITING, *TOP), "")
+    check_keys(given, (*TABLES, *WRITING, PAIRS, *TOP), "")
     _check_grid(given)
     _check_writing(given)
     tables: dict[str, Any] = {name: table_of(cls, given.get(name, {}), f"[{name}]") for name, cls in TABLES.items()}
@@ -151,6 +156,7 @@ def build(given: Mapping[str, Any]) -> Recipe:
         generation=next(
             (table_of(cls, given[name], f"[{name}]") for name, cls in WRITING.items() if name in given), None
         ),
+        pairs=table_of(Linked, given[PAIRS], f"[{PAIRS}]") if PAIRS in given else None,
     )
 
 

@@ -16,6 +16,7 @@ from deltaprompt.deltas.lora import LoRA
 from deltaprompt.model import Task
 from deltaprompt.templates import parse
 from deltaprompt.verbalizers._base import Verbalizer
+from deltaprompt.verbalizers.hierarchical import Hierarchical
 from deltaprompt.verbalizers.prototypes import Prototypes
 
 TEMPLATES: Mapping[Kind, str] = {
@@ -39,7 +40,9 @@ def task_for(table: TaskTable, backbone: Backbone, labels: Sequence[str]) -> Tas
     calibration: Calibration | None = None
     if table.calibration is not None:
         calibration = registry.from_description("calibrations", table.calibration)
-    task = Task(template, given or tuple(labels), max_length=table.max_length, calibration=calibration)
+    task = Task(
+        template, given or tuple(labels), max_length=table.max_length, calibration=calibration, several=table.several
+    )
     return dataclasses.replace(task, verbalizer=_verbalizer(table, task, backbone))
 
 
@@ -58,14 +61,14 @@ def _verbalizer(table: TaskTable, task: Task, backbone: Backbone) -> Verbalizer:
         chosen = task.settled(backbone)
         return Prototypes() if mute and isinstance(chosen, Prototypes) else chosen
     options = dict(table.verbalizer)
-    known = {
-        f.name for f in dataclasses.fields(registry.variant("verbalizers", str(options.get("kind", "prototypes"))))
-    }
+    cls = registry.variant("verbalizers", str(options.get("kind", "prototypes")))
+    known = {f.name for f in dataclasses.fields(cls)}
     stands: dict[str, Any] = {
         "words": task.words(),
         "descriptions": {label: ", ".join(words) for label, words in task.words().items()},
     }
-    if backbone.kind == "encoder" or parse(task.template).masks > 1:
+    splits_names = cls is Hierarchical and not isinstance(task.labels, Mapping)
+    if backbone.kind == "encoder" or parse(task.template).masks > 1 or splits_names:
         del stands["words"]
     told = {name: value for name, value in stands.items() if name in known and not mute}
     made: Verbalizer = registry.from_description("verbalizers", {"kind": "prototypes", **told, **options})

@@ -4,7 +4,8 @@
 - {"left", "mention", "right"}: texts, or lists of tokens.
 - {"tokens", "tags"}, or a file of `token<TAB>tag` lines, a blank line behind each sentence (Few-NERD's form): a run of
   one tag is a mention of that type, and "B-" begins one. "B-" and "I-" are no part of a type, "O" is none.
-- A list in the column "labels" (or "label") holds the types of a mention, a text there its one type.
+- A list in the column "labels" (or "label") holds the types of a mention, a text there its one type. The columns
+  "entity" and "coarse", which tell who is mentioned and roughly what that is, are fields too.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ LINES: Final = (".txt", ".conll", ".bio", ".iob")  # files of tokens and tags
 OUTSIDE: Final = "O"
 BLANK: Final = "[BLANK]"  # PLET's word for a mention that is hidden
 LABELS: Final = ("labels", "label")
+ENTITY, COARSE = MORE = "entity", "coarse"  # columns that rows may have: of whom a mention is, and roughly of what
 Span = tuple[int, int, str]  # first token, the one behind the last, type
 
 
@@ -33,6 +35,7 @@ def read_entities(
     limit: int | None = None,
     labelled: bool = True,
     on_empty: Callable[[str], None] | None = None,
+    label: str | None = None,
 ) -> list[Example]:
     """One example a mention; see the module for the forms of rows.
 
@@ -43,10 +46,13 @@ def read_entities(
         limit: keeps the first mentions.
         labelled: whether types are read.
         on_empty: where a mention has no type it is left out, and this is told why; an error where not given.
+        label: the column of the types; "labels" or "label" where not given.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit={limit}: a limit is 1 mention or more; leave it out to read all")
-    found = list(islice(_mentions(_rows(path_or_name, split), labelled, on_empty), limit))
+    found = list(
+        islice(_mentions(_rows(path_or_name, split), (label,) if label else LABELS, labelled, on_empty), limit)
+    )
     if not found:
         raise DataError(f"{path_or_name}: there are no mentions; at least one is needed")
     return found
@@ -90,22 +96,25 @@ def _sentences(source: str, lines: Iterable[tuple[int, str]]) -> Iterator[Row]:
             tokens, tags = [], []
 
 
-def _mentions(rows: Iterable[Row], labelled: bool, on_empty: Callable[[str], None] | None) -> Iterator[Example]:
+def _mentions(
+    rows: Iterable[Row], columns: Sequence[str], labelled: bool, on_empty: Callable[[str], None] | None
+) -> Iterator[Example]:
     for row in rows:
         try:
-            yield from _of_row(row, labelled)
+            yield from (
+                _of_tags(row, labelled)
+                if {"tokens", "tags"} <= row.values.keys()
+                else [_of_row(row, columns, labelled)]
+            )
         except Missing as missing:
             if on_empty is None:
                 raise
             on_empty(str(missing))
 
 
-def _of_row(row: Row, labelled: bool) -> Iterator[Example]:
-    """The mentions of a row."""
+def _of_row(row: Row, columns: Sequence[str], labelled: bool) -> Example:
+    """The one mention of a row."""
     values = row.values
-    if "tokens" in values and "tags" in values:
-        yield from _of_tags(row, labelled)
-        return
     if {"left", "mention", "right"} <= values.keys():
         left, words, right = _around(row)
     elif {"text", "start", "end"} <= values.keys():
@@ -118,9 +127,10 @@ def _of_row(row: Row, labelled: bool) -> Iterator[Example]:
         )
     if not words.strip():
         raise DataError(f"{row.at}: the mention is blank; mend its place in the text, or remove the row")
-    column = next((name for name in LABELS if name in values), LABELS[0])
+    column = next((name for name in columns if name in values), columns[0])
     label, labels = answered(row, column) if labelled else (None, ())
-    yield mention(left, words, right, label, labels)
+    more = {name: str(values[name]) for name in MORE if isinstance(values.get(name), str)}
+    return Example({**mention(left, words, right).fields, **more}, label, labels=labels)
 
 
 def _of_tags(row: Row, labelled: bool) -> Iterator[Example]:

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from random import Random
 from typing import Final, TypeVar
 
-from deltaprompt.data.entities import BLANK, hidden, mention
+from deltaprompt.data.entities import BLANK, COARSE, ENTITY, hidden, mention
 from deltaprompt.errors import ConfigError, DataError
 from deltaprompt.types import Example
 
 SAME, APART = "same", "apart"  # the labels of pairs
 ONE, OTHER = "one.", "other."  # what the names of the two rows' fields begin with
-ENTITY, COARSE = "entity", "coarse"  # fields that a row may have
 PRONOUNS: Final = """
 i you he she it we they me him her us them this that these those who mine yours his hers its ours theirs
 myself yourself himself herself itself ourselves yourselves themselves
