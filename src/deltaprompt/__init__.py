@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from deltaprompt.backbone import Backbone, load
-    from deltaprompt.data import few_shot, read, read_chats, read_pairs
+    from deltaprompt.data import few_shot, read, read_chats, read_entities, read_pairs
     from deltaprompt.deltas._position_shift import PositionShift
     from deltaprompt.deltas.adapter import Adapter
     from deltaprompt.deltas.bitfit import BitFit
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from deltaprompt.model.many import Many, open_many
     from deltaprompt.model.saved import open_ as open
     from deltaprompt.templates import Template
-    from deltaprompt.trainer import Plan, Run, Training, fit, fit_many
+    from deltaprompt.trainer import Plan, Run, Training, fit, fit_many, fit_typing
     from deltaprompt.types import Example, Message
+    from deltaprompt.verbalizers.hierarchical import Hierarchical
     from deltaprompt.verbalizers.label_descriptions import LabelDescriptions
     from deltaprompt.verbalizers.label_words import LabelWords
     from deltaprompt.verbalizers.prototypes import Prototypes
@@ -44,6 +45,7 @@ __all__ = [
     "Example",
     "Generation",
     "Generator",
+    "Hierarchical",
     "LabelDescriptions",
     "LabelWords",
     "LoRA",
@@ -65,6 +67,7 @@ __all__ = [
     "few_shot",
     "fit",
     "fit_many",
+    "fit_typing",
     "generator",
     "load",
     "open",
@@ -72,6 +75,7 @@ __all__ = [
     "open_peft",
     "read",
     "read_chats",
+    "read_entities",
     "read_pairs",
     "save_peft",
 ]
@@ -83,6 +87,7 @@ _WHERE = {
     "Example": "types",
     "Generation": "model.generation",
     "Generator": "model.generator",
+    "Hierarchical": "verbalizers.hierarchical",
     "LabelDescriptions": "verbalizers.label_descriptions",
     "LabelWords": "verbalizers.label_words",
     "Many": "model.many",
@@ -100,6 +105,7 @@ _WHERE = {
     "few_shot": "data",
     "fit": "trainer",
     "fit_many": "trainer",
+    "fit_typing": "trainer",
     "generator": "model.generator",
     "load": "backbone",
     "open": "model.saved",
@@ -107,6 +113,7 @@ _WHERE = {
     "open_peft": "interchange",
     "read": "data",
     "read_chats": "data",
+    "read_entities": "data",
     "read_pairs": "data",
     "save_peft": "interchange",
 }

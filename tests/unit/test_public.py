@@ -35,6 +35,7 @@ def test_the_public_names():
         "Example",
         "Generation",
         "Generator",
+        "Hierarchical",
         "LabelDescriptions",
         "LabelWords",
         "LoRA",
@@ -56,6 +57,7 @@ def test_the_public_names():
         "few_shot",
         "fit",
         "fit_many",
+        "fit_typing",
         "generator",
         "load",
         "open",
@@ -63,6 +65,7 @@ def test_the_public_names():
         "open_peft",
         "read",
         "read_chats",
+        "read_entities",
         "read_pairs",
         "save_peft",
     ]
