@@ -29,9 +29,12 @@ def embedded(backbone: Backbone, examples: Sequence[Example], max_length: int | 
 
 
 def regression(states: Tensor, labels: Sequence[str | None]) -> Any:
-    """The fitted classifier of a support."""
+    """The fitted classifier of a support, its C by cross-validation; of one example a class its C is 1."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
-    folds = StratifiedKFold(min(FOLDS, len(labels) // len(set(labels))), shuffle=True, random_state=0)
+    parts = min(FOLDS, len(labels) // len(set(labels)))
+    if parts < 2:
+        return LogisticRegression(max_iter=5000).fit(states, labels)
+    folds = StratifiedKFold(parts, shuffle=True, random_state=0)
     return GridSearchCV(LogisticRegression(max_iter=5000), {"C": INVERSE_STRENGTHS}, cv=folds).fit(states, labels)
