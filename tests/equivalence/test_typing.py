@@ -140,6 +140,7 @@ def test_the_loss_of_one_label_is_the_cross_entropy_over_types(folder):
         ("/WORK_OF_ART/BOOK", "path", ("work", "art", "book")),
         ("/location/location", "path", ("location",)),
         ("basketball_player", "path", ("basketball", "player")),
+        ("the_thing", "path", ("the", "thing")),
         ("location-GPE", "leaf", ("geopolitical",)),
     ],
 )
@@ -167,6 +168,16 @@ def test_a_plain_encoder_and_two_masks_are_an_error():
         Model(zoo.build("bert-encoder"), Task(HARD3, ("/good", "/bad"), Hierarchical()), [])
     with pytest.raises(ConfigError, match=r"type words answer at one \{mask\}, and the template has 2"):
         Model(zoo.build("bert"), Task("{text} {mask} {mask}", ("/good", "/bad"), Hierarchical()), [])
+
+
+def test_the_same_words_in_another_order_score_the_same_and_learn_apart():
+    labels = ("bad_film", "film_bad", "cat")
+    model = Model(zoo.build("bert"), Task(HARD3, labels, Hierarchical(), several=True), [])
+    before = logits_of(model)
+    assert_close(before[:, 0], before[:, 1])
+    with torch.no_grad():
+        model.scorer.tensors["odds"][0, 1] += 1.0
+    assert_close(logits_of(model)[:, 1], before[:, 1] + 1.0)
 
 
 def test_types_in_the_thousands_are_no_larger_than_their_words():

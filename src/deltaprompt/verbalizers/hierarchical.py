@@ -15,10 +15,10 @@ from deltaprompt.hierarchy import way
 from deltaprompt.params import Param, Weights
 from deltaprompt.types import AtMask
 from deltaprompt.verbalizers._base import Answers, Setting, Verbalizer, Worded, normalised, without_prior
-from deltaprompt.verbalizers._words import Mean, apart, lengths_of, one_mask, scored, table, tuple_of
+from deltaprompt.verbalizers._words import Mean, lengths_of, one_mask, scored, table, tuple_of
 
 Ids = tuple[int, ...]
-SMALL = ("and", "of", "or", "the")  # words that say nothing of a type: /WORK_OF_ART is work, art
+SMALL = ("and", "of", "or")  # words that say nothing of a type: /WORK_OF_ART is work, art
 REST = "other"  # the name of what is left of a type, and of no type: person-other is person
 
 
@@ -26,13 +26,12 @@ REST = "other"  # the name of what is left of a type, and of no type: person-oth
 class Hierarchical(Verbalizer, Answers, Worded):
     """Words of type paths such as "/person/artist/actor" or "person-artist/author"; nothing is trained.
 
-    A word of several tokens counts whole, where the official code has its first token. Whatever the labels share is
-    scored once, so that there may be thousands of them.
+    Words of several tokens count whole (the official code takes the first one); those that labels share, only once.
 
     Args:
         of: the words of a label: of its whole "path", as the paper takes OntoNotes, or of the "leaf", as it takes
             Few-NERD and BBN.
-        mean: of a label's words: of their logarithms (the official code's), or of their probabilities (equation 3).
+        mean: of a label's words: of their logarithms (as the official code has it), or of their probabilities.
         words: of labels whose own names do not say it, in place of those of their path.
     """
 
@@ -53,16 +52,19 @@ class Hierarchical(Verbalizer, Answers, Worded):
     def _ids(self, s: Setting) -> dict[str, list[Ids]]:
         """The distinct words of every label, as token ids."""
         if s.kind == "encoder":
-            raise ConfigError(
-                "type words need a language model; for a plain encoder use label_descriptions or prototypes"
-            )
+            raise ConfigError("type words need a language model; for an encoder use label_descriptions or prototypes")
         for label in self.words:
             if label not in s.labels:
                 raise ConfigError(f"there is no label {label!r} to have words{nearest(label, s.labels)}")
         words = {label: self.named(label) for label in s.labels}
         known = {word: tuple(s.answer_ids(word)) for own in words.values() for word in own}
         found = {label: list(dict.fromkeys(known[word] for word in own)) for label, own in words.items()}
-        apart(s.labels, [(c, list(ids)) for c, label in enumerate(s.labels) for ids in found[label]])
+        first: dict[tuple[Ids, ...], str] = {}
+        for label, own in found.items():  # of ice_water and water_ice the scores are alike, and what is learned is not
+            if (other := first.setdefault(tuple(own), label)) != label:
+                raise ConfigError(
+                    f"labels {other!r} and {label!r} have the same words to this vocabulary; give one others"
+                )
         return found
 
     def answer_lengths(self, s: Setting) -> tuple[int, ...]:
