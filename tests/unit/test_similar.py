@@ -21,6 +21,7 @@ from deltaprompt.types import Batch, Example
 from deltaprompt.verbalizers.hierarchical import Hierarchical
 from deltaprompt.verbalizers.knowledgeable import Knowledgeable
 from deltaprompt.verbalizers.prototypes import Prototypes
+from deltaprompt.verbalizers.written import Written
 from tests import backbones_zoo as zoo
 
 WORDS = {"/good": "good", "/good/film": ("great", "film"), "/bad": "terrible"}
@@ -107,6 +108,15 @@ def test_pairs_without_an_answer_have_no_loss():
     similar = Similar(made())
     batch = batch_of(similar, Linked().pairs(ROWS)[:3])
     assert similar(Batch(batch.inputs, batch.answer_at, batch.variants)).keys() == {"similarity"}
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_types_may_be_written_with_fields_of_each_of_the_two_texts(several):
+    texts = Written({"/good": "a good film", "/good/film": "a {mention}", "/bad": "{mention} was bad"})
+    model, pairs = made("gpt2", several, verbalizer=texts), Linked().pairs(ROWS)[:4]
+    h = model.probabilities([row for pair in pairs for row in rows_of_pair(pair)]).log().unflatten(0, (-1, 2))
+    found = Similar(model)(batch_of(Similar(model), pairs))["similarity"]
+    assert_close(found, 1 - jensen_shannon(h[:, 0], h[:, 1]), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("several", [False, True])

@@ -373,9 +373,8 @@ class Features:
         found = self.classes_of(example)
         cut = fit(text.runs, self.max_length - text.around, text.around)
         rows = tuple(self._row(text.layout, cut, n) for n in self._masks_each)
-        if self.several:
-            return Encoded(rows, labels=found)
-        return Encoded(rows, found[0] if found else None, answers=self._texts_of(example))
+        one = found[0] if found and not self.several else None
+        return Encoded(rows, one, labels=found if self.several else (), answers=self._texts_of(example))
 
     def _texts_of(self, example: Example) -> tuple[tuple[int, ...], ...]:
         """The ids of each class's own text in an example."""

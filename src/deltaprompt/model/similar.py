@@ -57,7 +57,8 @@ class Similar(nn.Module):
             adaptation: whose they are: a slot, or one a pair [b].
             sizes: where pairs of several adaptations stand one after another, the pairs of each; `losses` are theirs.
         """
-        texts = Batch(batch.inputs, batch.answer_at, batch.variants // 2)
+        answers = None if batch.answers is None else (_each(batch.answers[0]), _each(batch.answers[1]))
+        texts = Batch(batch.inputs, batch.answer_at, batch.variants // 2, answers=answers)
         slots = adaptation.repeat_interleave(2) if isinstance(adaptation, Tensor) else adaptation
         log_h = self.model.log_distributions(texts, slots).unflatten(0, (-1, 2))  # [b, 2, c]
         apart = jensen_shannon(log_h[:, 0], log_h[:, 1])  # [b]
@@ -72,7 +73,7 @@ class Similar(nn.Module):
         """Pairs as rows that hold the variants of both their texts; class 1 is the same entity."""
         texts = self.model.encode([row for pair in examples for row in rows_of_pair(pair)], slot)
         return [
-            Encoded((*one.variants, *other.variants), label_of(pair))
+            Encoded((*one.variants, *other.variants), label_of(pair), answers=(*one.answers, *other.answers))
             for pair, one, other in zip(examples, texts[::2], texts[1::2], strict=True)
         ]
 
@@ -165,6 +166,11 @@ def jensen_shannon(log_p: Tensor, log_q: Tensor) -> Tensor:
     log_m = torch.logaddexp(log_p, log_q) - math.log(2.0)
     each = [(h.exp() * (h - log_m).nan_to_num(0.0)).sum(-1) for h in (log_p, log_q)]  # 0 log 0 is 0
     return ((each[0] + each[1]) / (2 * math.log(2.0))).clamp(0.0, 1.0)
+
+
+def _each(of_pairs: Tensor) -> Tensor:
+    """What rows of two texts have of both, [b, 2 c, …], of each text: [2 b, c, …]."""
+    return of_pairs.unflatten(1, (2, -1)).flatten(0, 1)
 
 
 def label_of(pair: Example) -> int:
