@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,33 @@ def test_a_text_ends_at_its_end_token(family):
     assert said == "It was great"
 
 
+@families
+def test_any_token_may_end_a_text_and_is_no_part_of_it(family, monkeypatch):
+    model = shaken(family)
+    (prompt,), seen = model.writing.prompts(EXAMPLES[:1]), list[Tensor]()
+    plain = type(model.adapted).generate
+    monkeypatch.setattr(type(model.adapted), "generate", lambda *given: seen.append(plain(*given)) or seen[-1])
+    model.generate(EXAMPLES[:1], 8, sample=True)
+    start = 1 if prompt.variants[0].decoder else 0
+    (ids,) = (row[start:].tolist() for row in seen[0])
+    at = next(i for i in range(2, len(ids)) if ids[i] not in ids[:i])
+    model.writing = replace(model.writing, ends=(ids[at],))
+    tokenizer = model.backbone.tokenizer
+    said = tokenizer.decode(ids[:at], skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+    assert model.generate(EXAMPLES[:1], 8, sample=True) == [said]
+    assert seen[1].shape[1] == start + at + 1
+
+
+def test_a_decoder_that_starts_from_its_end_token_writes_on():
+    """As BART's does."""
+    made, tokenizer = zoo.model("bart"), tokenizers_zoo.build("roberta")
+    for config in (made.config, made.generation_config):
+        config.decoder_start_token_id = tokenizer.eos_token_id
+    model = generator(wrap(made, tokenizer), GENERATION)
+    assert all(row.variants[0].decoder[0] == tokenizer.eos_token_id for row in model.encode(EXAMPLES))
+    assert all(model.generate(EXAMPLES, 4, sample=True))
+
+
 def test_shared_tokens_in_front_are_run_once(monkeypatch):
     long = "a great movie . It was great , it was terrible ! " * 8
     asked = Generation(long + "{text} =>", max_length=256)
@@ -278,11 +306,13 @@ def test_two_batches_of_two_are_one_of_four(family):
         assert_close(found[2][name], tensor, rtol=1e-4, atol=1e-8)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(("dropout", "most"), [(0.0, 1024), (0.0, 24), (0.3, 1024)], ids=["one", "split", "dropout"])
 @pytest.mark.parametrize("family", ["llama", "t5"])
-def test_several_seeds_in_one_pass_end_as_each_alone(family, dropout):
+def test_several_seeds_in_one_pass_end_as_each_alone(family, dropout, most, monkeypatch):
+    """Also where a step's rows are too many tokens for one pass: each row then counts by its target's tokens."""
+    monkeypatch.setitem(loop.MOST, "cpu", most)
     deltas = [LoRA(rank=2, dropout=dropout)]
-    how = Training(epochs=3, batch_size=2, learning_rate=1e-2)
+    how = Training(epochs=3, batch_size=3, learning_rate=1e-2)
     model = Generator(zoo.build(family, torch.float64), GENERATION, deltas, [3, 4])
     runs = fit_many(model, [Plan(EXAMPLES, EXAMPLES[:2], how, seed=seed) for seed in (3, 4)])
     for slot, seed in enumerate((3, 4)):
