@@ -21,7 +21,7 @@ from deltaprompt.deltas.prefix import Prefix
 from deltaprompt.deltas.reparametrised_prefix import ReparametrisedPrefix
 from deltaprompt.deltas.soft_prompt import SoftPrompt
 from deltaprompt.features import Encoded
-from deltaprompt.features.features import Row
+from deltaprompt.features.rows import Row
 from deltaprompt.model import Model, Task
 from deltaprompt.params import Weights
 from deltaprompt.trainer import Plan, Run, Training, fit, fit_many

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Final, Literal
 from deltaprompt.errors import DataError, TemplateError
 from deltaprompt.features.chat import MARK, MARKED, split_specials
 from deltaprompt.features.codec import Ask, Codec
-from deltaprompt.features.features import AT_ONCE, Encoded, Features, Row
+from deltaprompt.features.features import AT_ONCE, Features
 from deltaprompt.features.layout import Fixed
+from deltaprompt.features.rows import Encoded, Row
 from deltaprompt.features.writing import Writing
 from deltaprompt.types import Example, Message
 

@@ -19,6 +19,7 @@ from deltaprompt.features.codec import Ask, Codec, Tokens
 from deltaprompt.features.demonstrations import Demonstrations
 from deltaprompt.features.layout import Fixed, Kind, Layout, Part, Raw, Run, check_masks, ends_with_answer, lay_out
 from deltaprompt.features.named_tokens import first_id, mask_id, pad_id, special_id
+from deltaprompt.features.rows import Encoded, Row
 from deltaprompt.features.truncate import fit
 from deltaprompt.templates import ENCODERS, Demos, Encoder, Mask, Piece, Prefix, Role, Soft, Special, Template
 from deltaprompt.types import Batch, Example
@@ -43,37 +44,6 @@ class SoftBlock(NamedTuple):
     def rows(self) -> int:
         """The rows that train: one for all its tokens, or one each."""
         return 1 if self.tied else self.size
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One sequence: its ids, the positions in the states that are read, and an encoder-decoder's start of an answer."""
-
-    ids: list[int]
-    at: list[int]
-    decoder: list[int] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """One example: a sequence for each number of masks that answers need, and the class or the ids to be generated."""
-
-    variants: tuple[Row, ...]
-    label: int | None = None
-    targets: tuple[int, ...] = ()  # the ids that the states at the one sequence's `at` are to give
-    parts: tuple[int, ...] = ()  # of several texts in one sequence: the length of each
-    labels: tuple[int, ...] = ()  # the classes, where there may be several
-    answers: tuple[tuple[int, ...], ...] = ()  # of each class the ids of its text in this example
-
-    @property
-    def length(self) -> int:
-        """The length of the longest sequence."""
-        return max(len(row.ids) for row in self.variants)
-
-    @property
-    def weight(self) -> int:
-        """How much it counts in a mean loss: once, or once for each id to be generated."""
-        return len(self.targets) or 1
 
 
 @dataclass(frozen=True, eq=False)

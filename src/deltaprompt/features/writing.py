@@ -12,7 +12,8 @@ from torch import Tensor
 
 from deltaprompt.errors import DataError
 from deltaprompt.features.batching import bucketed, padded
-from deltaprompt.features.features import Encoded, Features, Row
+from deltaprompt.features.features import Features
+from deltaprompt.features.rows import Encoded, Row
 from deltaprompt.templates import Field, Literal, Template
 from deltaprompt.types import Batch, Example
 

@@ -16,7 +16,7 @@ from deltaprompt.backbone.load import states_of
 from deltaprompt.backbone.shared import alike, rotates_by_length
 from deltaprompt.compose.patch import Patch
 from deltaprompt.features import Encoded
-from deltaprompt.features.features import Row
+from deltaprompt.features.rows import Row
 from deltaprompt.model.model import Model, evaluating
 
 ROUNDING: Final = 64  # units in the last place of a state's norm that other padding may make: 8e-6 in float32
