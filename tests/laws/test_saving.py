@@ -39,7 +39,7 @@ PRODUCT = [
     for family, kind in KINDS.items()
     for verbalizer in registry.variants("verbalizers")
     for delta in registry.variants("deltas")
-    if kind != "encoder" or verbalizer != "label_words"
+    if kind != "encoder" or verbalizer not in ("label_words", "hierarchical")
 ]
 
 
