@@ -7,14 +7,17 @@ import torch
 from torch.testing import assert_close
 
 from deltaprompt.backbone import load
+from deltaprompt.calibrations.batch import Batch
 from deltaprompt.calibrations.contextual import Contextual
 from deltaprompt.calibrations.contextualised import Contextualised
+from deltaprompt.calibrations.domain_pmi import DomainPMI
 from deltaprompt.data.entities import mention
 from deltaprompt.errors import ConfigError
 from deltaprompt.model import Model, Task
 from deltaprompt.templates.entity import HARD1, HARD3
 from deltaprompt.types import Example
 from deltaprompt.verbalizers.hierarchical import Hierarchical
+from deltaprompt.verbalizers.label_words import LabelWords
 from tests import backbones_zoo as zoo
 from tests.equivalence.test_scoring import log_p, of_length
 
@@ -113,6 +116,24 @@ def test_a_prior_is_taken_from_every_distinct_word(folder, family):
         want = expected(model, words, ROWS, prior=dict(zip(every, prior.tolist(), strict=True)))
         assert_close(logits_of(model).double(), want, **CLOSE)
         model.adapted.remove()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mean", ["geometric", "arithmetic"])
+@pytest.mark.parametrize(
+    "calibration", [None, Contextual(("no", "not")), Contextualised(size=2), DomainPMI("it is {mask}"), Batch()]
+)
+def test_words_that_types_do_not_share_are_plain_label_words(folder, family, mean, calibration):
+    a, b, c, d = of_length(family, (1, 2, 1, 3), template="{text} It is {mask}")
+    words = {"/a": (a, b), "/b": (c,), "/c": (d,)}
+    found = []
+    for verbalizer in (Hierarchical(words=words, mean=mean), LabelWords(words, mean=mean)):
+        task = Task(HARD3, tuple(words), verbalizer, calibration=calibration)
+        model = Model(loaded(str(folder / family)), task, [])
+        model.calibrate(ROWS)
+        found.append(logits_of(model))
+        model.adapted.remove()
+    assert_close(*found, **CLOSE)
 
 
 def test_the_loss_of_one_label_is_the_cross_entropy_over_types(folder):
