@@ -42,6 +42,19 @@ def rows(source: str, asked: DataTable, fields: Collection[str], role: str) -> l
     return found
 
 
+def apart(
+    asked: DataTable, fields: Collection[str], train: list[Example]
+) -> tuple[Sequence[Example], Sequence[Example] | None]:
+    """The training rows, and those to measure on: of a file of their own, or a share of the former."""
+    if asked.test_share is None:
+        return train, None if asked.test is None else rows(asked.test, asked, fields, "test")
+    if asked.test is not None:
+        raise ConfigError(
+            f"test = {asked.test!r} and test_share = {asked.test_share} were both given; give one of them"
+        )
+    return split(train, asked.test_share, 0)
+
+
 class Deal:
     """The training and dev examples of each seed."""
 

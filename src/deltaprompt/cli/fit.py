@@ -26,6 +26,7 @@ def fit(
     recipe: options.RecipeFile = None,
     data: options.Train = None,
     test: options.Test = None,
+    test_share: options.TestShare = None,
     dev: options.Dev = None,
     unlabelled: options.Unlabelled = None,
     text: options.Text = None,
@@ -36,6 +37,7 @@ def fit(
     drop_empty: options.DropEmpty = False,
     template: options.Template = None,
     describe: options.Describe = None,
+    order: options.Order = None,
     verbalizer: options.VerbalizerOption = None,
     calibration: options.CalibrationOption = None,
     generate: options.Generate = None,
@@ -111,6 +113,7 @@ def _tables(given: dict[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
         "task": {
             "template": given["template"],
             "labels": labels_of(given["describe"]) if given["describe"] else None,
+            "order": [name.strip() for name in given["order"].split(",")] if given["order"] else None,
             "verbalizer": variant_of("verbalizers", verbalizer) if verbalizer else None,
             "calibration": variant_of("calibrations", given["calibration"]) if given["calibration"] else None,
             "max_length": None if written else given["max_length"],
@@ -118,7 +121,7 @@ def _tables(given: dict[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
         },
         "data": {
             "train": given["data"],
-            **{name: given[name] for name in ("test", "dev", "unlabelled", "text", "label", "target")},
+            **{name: given[name] for name in ("test", "test_share", "dev", "unlabelled", "text", "label", "target")},
             "fields": pairs(given["field"], "--field") if given["field"] else None,
             "drop_empty": given["drop_empty"] or None,
             "hold_out": False if given["no_dev"] else None,
@@ -133,7 +136,7 @@ def _tables(given: dict[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
 def _run(recipe: Recipe, resume: bool) -> SeedsResult | GridResult:
     """Loads, trains and measures."""
     from deltaprompt.backbone import load
-    from deltaprompt.cli.data import Deal, fields_of, names_of, rows, training_file
+    from deltaprompt.cli.data import Deal, apart, fields_of, names_of, rows, training_file
     from deltaprompt.cli.grid import cells_of
     from deltaprompt.cli.task import task_for
     from deltaprompt.model import Model
@@ -148,9 +151,8 @@ def _run(recipe: Recipe, resume: bool) -> SeedsResult | GridResult:
         return entities.fit(recipe, recipe.pairs, backbone, resume)
     source = training_file(recipe)
     fields = fields_of(recipe)
-    train = rows(source, recipe.data, fields, "train")
+    train, test = apart(recipe.data, fields, rows(source, recipe.data, fields, "train"))
     dev = None if recipe.data.dev is None else rows(recipe.data.dev, recipe.data, fields, "dev")
-    test = None if recipe.data.test is None else rows(recipe.data.test, recipe.data, fields, "test")
     more = recipe.data.unlabelled
     unlabelled = [] if more is None else rows(more, recipe.data, fields, "unlabelled")
     if recipe.shots == 0 and not unlabelled:

@@ -34,6 +34,15 @@ Dev = Annotated[
     str | None, _option("--dev", help="Rows to choose the best by, and to stop early by.", panel=DATA, metavar="FILE")
 ]
 Test = Annotated[str | None, _option("--test", help="Rows to measure the result on.", panel=DATA, metavar="FILE")]
+TestShare = Annotated[
+    float | None,
+    _option(
+        "--test-share",
+        help="Hold out this share of --data to measure the result on, the same rows for every seed.",
+        panel=DATA,
+        metavar="X",
+    ),
+]
 Unlabelled = Annotated[
     str | None,
     _option(
@@ -76,6 +85,15 @@ Describe = Annotated[
         "for each of the data's labels.",
         panel=TASK,
         metavar="LABEL=WORDS",
+    ),
+]
+Order = Annotated[
+    str | None,
+    _option(
+        "--order",
+        help="The labels, with commas between, in the order of a file of words (--labels) that does not name them.",
+        panel=TASK,
+        metavar="A,B,…",
     ),
 ]
 VerbalizerOption = Annotated[

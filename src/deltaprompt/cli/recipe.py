@@ -46,6 +46,7 @@ class TaskTable:
 
     template: str | None = None
     labels: Labels | None = None
+    order: tuple[str, ...] | None = None  # the labels, in the order of a file of words that does not name them
     verbalizer: Mapping[str, Any] | None = None
     max_length: int | None = None
     calibration: Mapping[str, Any] | None = None
@@ -59,6 +60,7 @@ class DataTable:
     train: str | None = None
     dev: str | None = None
     test: str | None = None
+    test_share: float | None = None  # of the training file, where there is no file of its own to measure on
     unlabelled: str | None = None
     text: str | None = None
     label: str = "label"

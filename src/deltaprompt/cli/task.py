@@ -13,6 +13,7 @@ from deltaprompt.cli.recipe import Labels, TaskTable, Words
 from deltaprompt.data import read_label_words
 from deltaprompt.deltas._base import Delta
 from deltaprompt.deltas.lora import LoRA
+from deltaprompt.errors import ConfigError
 from deltaprompt.model import Task
 from deltaprompt.templates import parse
 from deltaprompt.verbalizers._base import Verbalizer
@@ -36,7 +37,7 @@ def deltas_for(backbone: Backbone) -> tuple[Delta, ...]:
 def task_for(table: TaskTable, backbone: Backbone, labels: Sequence[str]) -> Task:
     """The task of a recipe's table; `labels` are those of the data."""
     template = table.template or TEMPLATES[backbone.kind]
-    given = stands_for(table.labels, labels)
+    given = stands_for(table.labels, table.order or labels, bool(table.order))
     calibration: Calibration | None = None
     if table.calibration is not None:
         calibration = registry.from_description("calibrations", table.calibration)
@@ -46,12 +47,24 @@ def task_for(table: TaskTable, backbone: Backbone, labels: Sequence[str]) -> Tas
     return dataclasses.replace(task, verbalizer=_verbalizer(table, task, backbone))
 
 
-def stands_for(given: Labels | None, labels: Sequence[str]) -> Mapping[str, Words] | tuple[str, ...] | None:
-    """What stands for labels; where that is a file of words, the words of these labels in it."""
+def stands_for(
+    given: Labels | None, labels: Sequence[str], ordered: bool = False
+) -> Mapping[str, Words] | tuple[str, ...] | None:
+    """What stands for labels; where that is a file of words, the words of these labels in it.
+
+    A file that names no labels is read in their order, which must be known: numbers have one, names are given theirs.
+    """
     if not isinstance(given, str):
         return given
     path, _, choice = given.rpartition("#") if given.rpartition("#")[2].isdecimal() else (given, "", "0")
-    return read_label_words(path, labels, int(choice))
+    found = read_label_words(path, labels, int(choice))
+    numbers = all(label.removeprefix("-").isdecimal() for label in labels)
+    if not ordered and not numbers and read_label_words(path, [*labels][::-1], int(choice)) != found:
+        raise ConfigError(
+            f"{path} does not name its labels, and theirs ({', '.join(labels)}) have no order of their own; give "
+            'order = ["…", …] in [task], or --order, the labels in the order of the file\'s lines'
+        )
+    return found
 
 
 def _verbalizer(table: TaskTable, task: Task, backbone: Backbone) -> Verbalizer:
