@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from deltaprompt.backbone import Backbone, load
+    from deltaprompt.calibrations.contextual import Contextual
+    from deltaprompt.calibrations.contextualised import Contextualised
+    from deltaprompt.calibrations.domain_pmi import DomainPMI
     from deltaprompt.data import few_shot, read, read_chats, read_entities, read_pairs
     from deltaprompt.deltas._position_shift import PositionShift
     from deltaprompt.deltas.adapter import Adapter
@@ -28,24 +31,36 @@ if TYPE_CHECKING:
     from deltaprompt.templates import Template
     from deltaprompt.trainer import Plan, Run, Training, fit, fit_many, fit_typing
     from deltaprompt.types import Example, Message
+    from deltaprompt.verbalizers.automatic import Automatic
+    from deltaprompt.verbalizers.dect import DecT
     from deltaprompt.verbalizers.hierarchical import Hierarchical
+    from deltaprompt.verbalizers.knowledgeable import Knowledgeable
     from deltaprompt.verbalizers.label_descriptions import LabelDescriptions
     from deltaprompt.verbalizers.label_words import LabelWords
+    from deltaprompt.verbalizers.proto_verb import ProtoVerb
     from deltaprompt.verbalizers.prototypes import Prototypes
+    from deltaprompt.verbalizers.rules import Rules
     from deltaprompt.verbalizers.soft import SoftVerbalizer
+    from deltaprompt.verbalizers.written import Written
 
 __version__ = "0.1.0"
 __all__ = [
     "IA3",
     "Adapter",
+    "Automatic",
     "Backbone",
     "BitFit",
     "Chat",
+    "Contextual",
+    "Contextualised",
+    "DecT",
     "DeltaPromptError",
+    "DomainPMI",
     "Example",
     "Generation",
     "Generator",
     "Hierarchical",
+    "Knowledgeable",
     "LabelDescriptions",
     "LabelWords",
     "LoRA",
@@ -55,13 +70,16 @@ __all__ = [
     "Plan",
     "PositionShift",
     "Prefix",
+    "ProtoVerb",
     "Prototypes",
+    "Rules",
     "Run",
     "SoftPrompt",
     "SoftVerbalizer",
     "Task",
     "Template",
     "Training",
+    "Written",
     "__version__",
     "adapt",
     "few_shot",
@@ -87,7 +105,6 @@ _WHERE = {
     "Example": "types",
     "Generation": "model.generation",
     "Generator": "model.generator",
-    "Hierarchical": "verbalizers.hierarchical",
     "LabelDescriptions": "verbalizers.label_descriptions",
     "LabelWords": "verbalizers.label_words",
     "Many": "model.many",
@@ -123,19 +140,25 @@ def __getattr__(name: str) -> object:
     """A public name, found when it is first asked for and then kept."""
     if name in _WHERE:
         found: object = vars(import_module(f"{__name__}.{_WHERE[name]}"))["open_" if name == "open" else name]
-    elif (found := _delta(name)) is None:
+    elif (found := _variant(name)) is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = found
     return found
 
 
-def _delta(name: str) -> object:
-    """The delta of that class name, which needs no line here: `LowRankAdapter` is in the file `low_rank_adapter`."""
+def _variant(name: str) -> object:
+    """The delta, verbalizer or calibration of that class name, which needs no line here.
+
+    `LowRankAdapter` is in the file `low_rank_adapter`.
+    """
     from deltaprompt.registry import variant, variants
 
-    file = next((file for file in variants("deltas") if file.replace("_", "") == name.lower()), None)
-    found = None if file is None else variant("deltas", file)
-    return found if found is not None and found.__name__ == name else None
+    for kind in ("deltas", "verbalizers", "calibrations"):
+        file = next((file for file in variants(kind) if file.replace("_", "") == name.lower()), None)
+        found = None if file is None else variant(kind, file)
+        if found is not None and found.__name__ == name:
+            return found
+    return None
 
 
 def __dir__() -> list[str]:

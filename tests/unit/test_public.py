@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import deltaprompt
+from deltaprompt.registry import variant, variants
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "accelerate", "sklearn", "numpy")
@@ -28,14 +29,20 @@ def test_the_public_names():
     assert deltaprompt.__all__ == [
         "IA3",
         "Adapter",
+        "Automatic",
         "Backbone",
         "BitFit",
         "Chat",
+        "Contextual",
+        "Contextualised",
+        "DecT",
         "DeltaPromptError",
+        "DomainPMI",
         "Example",
         "Generation",
         "Generator",
         "Hierarchical",
+        "Knowledgeable",
         "LabelDescriptions",
         "LabelWords",
         "LoRA",
@@ -45,13 +52,16 @@ def test_the_public_names():
         "Plan",
         "PositionShift",
         "Prefix",
+        "ProtoVerb",
         "Prototypes",
+        "Rules",
         "Run",
         "SoftPrompt",
         "SoftVerbalizer",
         "Task",
         "Template",
         "Training",
+        "Written",
         "__version__",
         "adapt",
         "few_shot",
@@ -97,12 +107,18 @@ def test_importing_costs_nothing():
     [
         ["--help"],
         ["--version"],
-        *([c, "--help"] for c in ("fit", "predict", "inspect", "export", "import", "demo", "pretrain")),
+        *([c, "--help"] for c in ("fit", "predict", "inspect", "export", "import", "demo", "pretrain", "search")),
     ],
 )
 def test_help_answers_without_torch(arguments):
     code = f"sys.argv = ['deltaprompt', *{arguments}]\nfrom deltaprompt.cli import app\napp(standalone_mode=False)"
     assert modules_after(code).isdisjoint(HEAVY)
+
+
+@pytest.mark.parametrize("kind", ["verbalizers", "calibrations"])
+def test_every_verbalizer_and_calibration_is_public_by_its_name(kind):
+    found = {variant(kind, name) for name in variants(kind)}
+    assert {getattr(deltaprompt, cls.__name__) for cls in found} == found
 
 
 def test_every_delta_is_public_by_its_name_without_a_line_for_it():
