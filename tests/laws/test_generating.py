@@ -363,6 +363,28 @@ def test_layers_computed_again_give_the_same_numbers():
         assert_close(found[1][name], tensor)
 
 
+@pytest.mark.parametrize(
+    ("family", "at"),
+    [("gpt2", "layers[1:].attn.*"), ("llama", "layers[1:].*"), ("t5", "decoder.*.q"), ("bart", "decoder.layers[1:].*")],
+)
+def test_frozen_layers_run_once_and_the_numbers_stay(family, at, monkeypatch):
+    found, told = [], list[str]()
+    monkeypatch.setattr(
+        loop.Loop, "run", lambda self, what, plain=loop.Loop.run: told.append(what) or plain(self, what)
+    )
+    for keep in (True, False):
+        model = generator(zoo.build(family, torch.float64), GENERATION, [LoRA(rank=2, at=(at,))])
+        how = Training(epochs=3, batch_size=2, learning_rate=1e-2, keep=keep)
+        run = fit(model, EXAMPLES, EXAMPLES[:3], training=how)
+        found.append((run.best["loss"], learned(model)))
+        assert model.once is None
+    assert told[0].endswith("kept")
+    assert not told[1].endswith("kept")
+    assert_close(found[0][0], found[1][0], rtol=0, atol=1e-6)
+    for name, tensor in found[0][1].items():
+        assert_close(tensor, found[1][1][name], rtol=1e-6, atol=1e-9)
+
+
 # Saving
 
 

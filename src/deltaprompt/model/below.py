@@ -17,7 +17,8 @@ from deltaprompt.backbone.shared import alike, rotates_by_length
 from deltaprompt.compose.patch import Patch
 from deltaprompt.features import Encoded
 from deltaprompt.features.rows import Row
-from deltaprompt.model.model import Model, evaluating
+from deltaprompt.model.generator import Generator, Kept
+from deltaprompt.model.model import evaluating
 
 ROUNDING: Final = 64  # units in the last place of a state's norm that other padding may make: 8e-6 in float32
 CUT: Final = 3  # tokens by which the shorter of two rows is shorter
@@ -41,7 +42,7 @@ class Nothing:
     why: str = ""
 
 
-def below(model: Model, texts: Sequence[Encoded]) -> Below | Nothing:
+def below(model: Kept, texts: Sequence[Encoded]) -> Below | Nothing:
     """What lies below a model's deltas. The shortest text is run by itself, and beside the longest one."""
     if reason := _forbidden(model):
         return Nothing(reason)
@@ -62,13 +63,15 @@ def below(model: Model, texts: Sequence[Encoded]) -> Below | Nothing:
     return found
 
 
-def _forbidden(model: Model) -> str:
+def _forbidden(model: Kept) -> str:
     if is_spread(model.backbone.model):
         return "its layers are spread over processes"
     if any(p.requires_grad for p in model.backbone.model.parameters()):
         return "the backbone trains too"
     if rotates_by_length(model.backbone.config):
         return "its positions depend on how long a batch is"
+    if isinstance(model, Generator):
+        return "several texts stand in one row" if model.packed else ""
     if any(model.reader(slot).reading.continues for slot in range(model.adapted.slots)):
         return "answers of several tokens need its keys and values"
     return ""
@@ -121,7 +124,7 @@ class _Seen:
 
 
 @contextmanager
-def _watched(model: Model) -> Iterator[_Seen]:
+def _watched(model: Kept) -> Iterator[_Seen]:
     """Within it a pass tells which layers it has left when the first delta acts."""
     backbone, inner = model.backbone, model.backbone.model
     deltas: dict[nn.Module, Patch] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -55,6 +55,7 @@ class Generator(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.generation = generation
+        self.once: Callable[[Batch], Tensor] | None = None  # while it trains: reads states, of which it keeps some
         self.writing = generation.writing(backbone, instances(deltas))  # says what is wrong before anything is attached
         if carries_deltas(backbone.model):
             raise ConfigError(
@@ -101,12 +102,18 @@ class Generator(nn.Module):
             raise ConfigError("these rows have no targets; encode them with generator.encode(examples)")
         self.adapted.route(adaptation)
         there = batch.targets >= 0  # [b, m]
-        states = at_answers(self.backbone.states(batch.inputs), batch.answer_at)[there]  # [n, d]
+        states = self._read(batch)[there]  # [n, d]
         each = token_losses(_head(self.backbone), states, batch.targets[there])  # [n]
         rows = there.sum(1)  # [b]
         tokens = [int(own.sum()) for own in rows.split(list(sizes or [len(rows)]))]
         losses = torch.stack([own.mean() for own in each.split(tokens)])
         return {"loss": losses.mean(), "losses": losses}
+
+    def _read(self, batch: Batch) -> Tensor:
+        """The states [b, m, d] that the targets' ids are read from."""
+        if self.once is not None:
+            return self.once(batch)
+        return at_answers(self.backbone.states(batch.inputs), batch.answer_at)
 
     def encode(self, examples: Sequence[Example], slot: int = 0) -> list[Encoded]:
         """Examples as rows with targets: one for each right text, or (of packed conversations) for several."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
-from deltaprompt.model import Model
 from deltaprompt.model.below import Below, Nothing
 from deltaprompt.model.generator import Trainable
 from deltaprompt.model.model import evaluating
@@ -28,12 +27,11 @@ def frozen_once(
     if isinstance(found, Nothing):
         yield f", nothing kept: {found.why}" if found.why else ""
         return
-    assert isinstance(model, Model)  # of a generator nothing is found
     once = Once(model.backbone, found)
     try:
         with evaluating(model), autocast():
             for course in courses:
-                for batch in model.features.batches(course.rows, course.training.batch_size):
+                for batch in objective_of(model).batches(course.rows, course.training.batch_size):
                     once.fill(batch.to(model.device))
         model.once = once
         yield f", {found.told} kept"

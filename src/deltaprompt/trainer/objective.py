@@ -176,7 +176,7 @@ class Writing(Objective):
         return self.model.measure(rows, batch_size, slot, module)
 
     def below(self, rows: Sequence[Encoded]) -> Below | Nothing:
-        return Nothing("each target is read at many places")
+        return below(self.model, rows)
 
 
 @dataclass(frozen=True)
