@@ -138,7 +138,7 @@ class Generator(nn.Module):
         temperature: float = 1.0,
         top_p: float = 1.0,
         seed: int = 0,
-        batch_size: int = 16,
+        batch_size: int = 32,
         slot: int = 0,
     ) -> list[str]:
         """A text for each example, in their order; it stops at an end token.
@@ -176,14 +176,14 @@ class Generator(nn.Module):
                     found[i] = text
         return found
 
-    def predict(self, examples: Sequence[Given], batch_size: int = 16, slot: int = 0) -> list[dict[str, Any]]:
+    def predict(self, examples: Sequence[Given], batch_size: int = 32, slot: int = 0) -> list[dict[str, Any]]:
         """`{"text"}` for each example."""
         return [{"text": text} for text in self.generate(examples, batch_size=batch_size, slot=slot)]
 
     def evaluate(
         self,
         examples: Sequence[Example],
-        batch_size: int = 16,
+        batch_size: int = 32,
         slot: int = 0,
         max_new_tokens: int | None = None,
         beams: int | None = None,
@@ -207,7 +207,7 @@ class Generator(nn.Module):
 
     @torch.inference_mode()
     def measure(
-        self, rows: Sequence[Encoded], batch_size: int = 16, slot: int = 0, through: nn.Module | None = None
+        self, rows: Sequence[Encoded], batch_size: int = 32, slot: int = 0, through: nn.Module | None = None
     ) -> dict[str, float]:
         """`{"loss", "perplexity"}` of rows: the mean cross-entropy of their targets' tokens, and its exponential.
 
