@@ -117,7 +117,7 @@ def test_the_table_of_a_fit_has_the_loose_scores(recipe, tiny):
 
 
 def test_zero_shot_trains_nothing_and_is_calibrated(recipe, tiny, tmp_path):
-    told = result("fit", recipe("plet-zero-shot"), "--backbone", tiny, *QUICK)
+    told = result("fit", recipe("plet-zero-shot"), "--backbone", tiny, *QUICK, "--calibration", "contextualised")
     assert told["test"].keys() >= LOOSE
     model = open_(tmp_path / "out")
     assert model.chosen == ()
