@@ -13,6 +13,7 @@ from deltaprompt.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from deltaprompt.backbone import Backbone
     from deltaprompt.cli.recipe import Recipe
@@ -64,11 +65,9 @@ def fit(
     debug: options.Debug = False,
 ) -> None:
     """Adapt a backbone to a task, from a recipe, from options, or both (options win)."""
-    from deltaprompt.cli.recipe import build, overlaid, read_toml
     from deltaprompt.trainer.accelerated import is_main
 
-    tables = {} if recipe is None else read_toml(recipe)
-    chosen = build(overlaid(tables, _tables(context.params, tables)))
+    chosen = _chosen(recipe, context.params)
     if resume and chosen.out is None:
         raise ConfigError("--resume needs --out, the folder of the run that was broken off")
     try:
@@ -82,6 +81,14 @@ def fit(
     if not is_main():  # of several processes (torchrun) one speaks
         return
     _report(chosen, result, as_json)
+
+
+def _chosen(path: Path | None, given: dict[str, Any]) -> Recipe:
+    """The recipe of a file, if there is one, and of options, which win."""
+    from deltaprompt.cli.recipe import build, overlaid, read_toml
+
+    tables = {} if path is None else read_toml(path)
+    return build(overlaid(tables, _tables(given, tables)))
 
 
 def _report(chosen: Recipe, result: SeedsResult | GridResult, as_json: bool) -> None:
@@ -135,7 +142,6 @@ def _tables(given: dict[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 def _run(recipe: Recipe, resume: bool) -> SeedsResult | GridResult:
     """Loads, trains and measures."""
-    from deltaprompt.backbone import load
     from deltaprompt.cli.data import Deal, apart, fields_of, names_of, rows, training_file
     from deltaprompt.cli.grid import cells_of
     from deltaprompt.cli.task import task_for
@@ -145,10 +151,8 @@ def _run(recipe: Recipe, resume: bool) -> SeedsResult | GridResult:
 
     if recipe.generation is not None:
         return writing.run(recipe, recipe.generation, resume)
-    b = recipe.backbone
     if recipe.pairs is not None:
-        backbone = load(b.name, kind=b.kind, device=b.device, dtype=b.dtype, attention=b.attention, revision=b.revision)
-        return entities.fit(recipe, recipe.pairs, backbone, resume)
+        return entities.fit(recipe, recipe.pairs, _loaded(recipe), resume)
     source = training_file(recipe)
     fields = fields_of(recipe)
     train, test = apart(recipe.data, fields, rows(source, recipe.data, fields, "train"))
@@ -157,7 +161,7 @@ def _run(recipe: Recipe, resume: bool) -> SeedsResult | GridResult:
     unlabelled = [] if more is None else rows(more, recipe.data, fields, "unlabelled")
     if recipe.shots == 0 and not unlabelled:
         unlabelled = unlabelled_of(train)
-    backbone = load(b.name, kind=b.kind, device=b.device, dtype=b.dtype, attention=b.attention, revision=b.revision)
+    backbone = _loaded(recipe)
     deltas = _deltas(recipe, backbone)
     seeds, together, out = recipe.seeds, recipe.together, recipe.out
     if recipe.grid.axes:
@@ -186,6 +190,13 @@ def _run(recipe: Recipe, resume: bool) -> SeedsResult | GridResult:
         resume=resume,
         unlabelled=unlabelled,
     )
+
+
+def _loaded(recipe: Recipe) -> Backbone:
+    from deltaprompt.backbone import load
+
+    b = recipe.backbone
+    return load(b.name, kind=b.kind, device=b.device, dtype=b.dtype, attention=b.attention, revision=b.revision)
 
 
 def _deltas(recipe: Recipe, backbone: Backbone) -> Sequence[Delta]:
