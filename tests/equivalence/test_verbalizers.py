@@ -32,6 +32,7 @@ TEMPLATE = "{text} It was {mask}"
 TWO = "{text} is {mask} , it was {mask}"
 TEXTS = ["good", "a good film and a great plot", "not", "the cat sat on the mat ; it was bad", "no", "a film"]
 EXAMPLES = [Example({"text": text}, LABELS[i % 3]) for i, text in enumerate(TEXTS)]
+SOME = [TEXTS[i] for i in (0, 1, 3, 4)]  # four of the six, evenly spaced
 SENTENCES = {"up": "a good film", "down": "a bad film", "so": "maybe"}
 CALIBRATIONS = {
     "none": None,
@@ -257,7 +258,7 @@ class Reference:
     def probabilities(self, text, how):
         prior = None
         if how != "none":
-            features, texts = self.features, {"contextual": ["no", "not"], "batch": TEXTS}.get(how, TEXTS[:4])
+            features, texts = self.features, {"contextual": ["no", "not"], "batch": TEXTS}.get(how, SOME)
             if how == "domain_pmi":
                 from dataclasses import replace
 

@@ -32,14 +32,20 @@ WORDS = {"terrible": ("terrible", "bad film"), "great": "great", "neutral": ["ye
 OPTIONS = {  # of the verbalizers that have no default for one
     "label_words": {"words": WORDS},
     "label_descriptions": {"descriptions": {label: f"it was {label}" for label in LABELS}},
+    "knowledgeable": {"words": WORDS, "longest": 30},
+    "rules": {"rules": {label: (label,) for label in ("terrible", "great")} | {"neutral": ("yes",)}},
+    "written": {"texts": {label: label for label in LABELS}},
 }
+LANGUAGE = ("masked", "causal", "seq2seq")
+ACTS = {"rules": ("masked",), "written": ("causal", "seq2seq")}  # on which kinds, where not on all
+ACTS |= dict.fromkeys(("label_words", "hierarchical", "knowledgeable", "automatic"), LANGUAGE)
 EXAMPLES = [Example({"text": text}) for text in ("a great movie", "It was there and bad . " * 30, "", "电影 很 好 看")]
 PRODUCT = [
     pytest.param(family, verbalizer, delta, id=f"{family}-{verbalizer}-{delta}")
     for family, kind in KINDS.items()
     for verbalizer in registry.variants("verbalizers")
     for delta in registry.variants("deltas")
-    if kind != "encoder" or verbalizer not in ("label_words", "hierarchical")
+    if kind in ACTS.get(verbalizer, (kind,))
 ]
 
 
@@ -67,7 +73,8 @@ def model_of(backbone, task=None, deltas=("lora",), seeds=(0,)):
     model = Model(backbone, task or task_of("bert"), chosen, seeds)
     chance = torch.Generator().manual_seed(3)
     for _, tensor in model.parts():
-        tensor.data.add_(torch.randn(tensor.shape, generator=chance), alpha=0.3)
+        if tensor.requires_grad:
+            tensor.data.add_(torch.randn(tensor.shape, generator=chance), alpha=0.3)
     try:
         yield model
     finally:
