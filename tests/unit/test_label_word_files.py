@@ -110,9 +110,15 @@ def test_file_without_names_is_left_for_the_labels_of_the_data(tmp_path: Path) -
     first, second = {"bad": ("awful",), "good": ("fine",)}, {"bad": ("sad", "bad"), "good": ("glad",)}
     for path in (lines, choices):
         assert labels_of([str(path)]) == str(path)
-        assert stands_for(str(path), TWO) == first
+        assert stands_for(str(path), TWO, ordered=True) == first
         assert labels_of([f"{path}#1"]) == f"{path}#1"
-        assert stands_for(f"{path}#1", TWO) == second
+        assert stands_for(f"{path}#1", TWO, ordered=True) == second
+    with pytest.raises(
+        ConfigError, match=r"words.txt does not name its labels, and theirs \(bad, good\) have no order"
+    ):
+        stands_for(str(lines), TWO)
+    assert stands_for(str(lines), ("0", "1")) == {"0": ("awful",), "1": ("fine",)}
+    assert stands_for(str(choices), TWO) == first  # which names them
     assert stands_for(f"{named}#0", TWO) == {"bad": ("awful",), "good": ("fine, really",)}
     assert stands_for(None, TWO) is None
     assert stands_for(("a", "b"), TWO) == ("a", "b")
@@ -126,7 +132,10 @@ def test_grid_of_files_and_named_words_has_one_order_of_labels(tmp_path: Path) -
     lines.write_text("awful\nfine")
     backbone = backbones_zoo.build("bert")
     examples = [Example({"text": f"{label} film {n}"}, label) for label in TWO for n in range(4)]
-    tables = {"grid": {"labels": [{"good": "fine", "bad": "sad"}, str(lines)]}, "task": {"template": "{text} {mask}"}}
+    tables = {
+        "grid": {"labels": [{"good": "fine", "bad": "sad"}, str(lines)]},
+        "task": {"template": "{text} {mask}", "order": TWO},
+    }
     cells = cells_of(build(tables), backbone, examples, None)
     assert [cell.task.words() for cell in cells] == [
         {"bad": ("sad",), "good": ("fine",)},
@@ -142,7 +151,16 @@ def test_fit_takes_a_file_of_words(tmp_path: Path) -> None:
     rows = [{"text": f"a film {n}", "label": label} for label in TWO for n in range(4)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     words.write_text("terrible,awful\ngreat\n")
-    task = ("--backbone", tmp_path / "tiny", "--template", "{text} It was {mask}.", "--labels", words)
+    task = (
+        "--backbone",
+        tmp_path / "tiny",
+        "--template",
+        "{text} It was {mask}.",
+        "--labels",
+        words,
+        "--order",
+        "bad,good",
+    )
     more = ("--data", data, "--steps", 1, "--delta", "bitfit", "--no-dev", "--device", "cpu", "--out", tmp_path / "out")
     done = CliRunner().invoke(app, [str(word) for word in ("fit", *task, *more)])
     assert done.exit_code == 0, done.output

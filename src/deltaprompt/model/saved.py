@@ -74,6 +74,7 @@ def save(
         StoreError: the folder cannot be written, or the record has what JSON cannot hold.
     """
     kept = tensors(model, slot)
+    fixed = {name for name, tensor, _ in model.slot_parts(slot) if not tensor.requires_grad}  # a start's, not trained
     told = _told_of(model.generation) if isinstance(model, Generator) else _task_told(model, slot)
     record = {
         "deltaprompt": version(),
@@ -81,7 +82,7 @@ def save(
         "backbone": identity(model.backbone, told["template"]),
         **told,
         "deltas": [described("deltas", plain(delta)) for delta in model.chosen],
-        "parameters": sum(tensor.numel() for tensor in kept.values()),
+        "parameters": sum(tensor.numel() for name, tensor in kept.items() if name not in fixed),
         "training": training,
         "metrics": metrics,
     }
