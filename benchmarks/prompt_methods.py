@@ -22,7 +22,7 @@ from deltaprompt.calibrations._base import Calibration, spread
 from deltaprompt.calibrations.contextualised import Contextualised
 from deltaprompt.cli.probe import embedded, regression
 from deltaprompt.data.label_words import read_label_words
-from deltaprompt.model.starting import observed
+from deltaprompt.model.starting import observed, unlabelled_of
 from deltaprompt.trainer import Silent
 from deltaprompt.types import AtMask
 from deltaprompt.verbalizers._base import Verbalizer
@@ -151,7 +151,8 @@ METHODS = (
 
 def accuracies(backbone: Backbone, data: Data, method: Method, shots: int, test: Sequence[dp.Example]) -> list[float]:
     """Of every seed; without examples of one, since nothing is drawn."""
-    train, unlabelled = data.rows("train"), [dp.Example(e.fields) for e in data.rows("train")]
+    train = data.rows("train")
+    unlabelled = unlabelled_of(train)
     seeds = SEEDS if shots else SEEDS[:1]
     task = dp.Task(
         method.soft + data.template,

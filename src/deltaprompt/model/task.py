@@ -9,6 +9,7 @@ from deltaprompt.backbone import Backbone
 from deltaprompt.calibrations._base import Calibration
 from deltaprompt.templates import parse
 from deltaprompt.verbalizers._base import Verbalizer
+from deltaprompt.verbalizers._words import tuple_of
 from deltaprompt.verbalizers.label_words import LabelWords
 from deltaprompt.verbalizers.prototypes import Prototypes
 
@@ -43,7 +44,7 @@ class Task:
         """What stands for each label."""
         if not isinstance(self.labels, Mapping):
             return {label: (label.replace("_", " "),) for label in self.labels}
-        return {label: (given,) if isinstance(given, str) else tuple(given) for label, given in self.labels.items()}
+        return {label: tuple_of(given) for label, given in self.labels.items()}
 
     def settled(self, backbone: Backbone) -> Verbalizer:
         """The verbalizer, chosen by the kind of backbone where none is given."""

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from deltaprompt.errors import ConfigError
+from deltaprompt.trainer.possible import (
+    COUNT,
+    RATE,
+    SHARED,
+    Possible,
+    check,
+    count,
+    count_or_none,
+    number,
+    rate,
+    truth,
+    whole,
+)
 from deltaprompt.trainer.training import Precision, Schedule
 
 Kind = Literal["masked", "causal", "spans"]
@@ -69,10 +81,7 @@ class Pretraining:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, (possible, means) in POSSIBLE.items():
-            value = vars(self)[name]
-            if not possible(value):
-                raise ConfigError(f"{name} = {value!r} is not possible: it is {means}")
+        check(vars(self), POSSIBLE)
         if self.objective == "causal" and self.rate is not None:
             raise ConfigError(
                 f"rate = {self.rate} is for masked tokens and spans; leave it out of the causal objective"
@@ -90,51 +99,20 @@ class Pretraining:
         return min(1.0, (step + 1) / self.warmup if self.warmup else 1.0) * falling[self.schedule]
 
 
-def count(value: Any) -> bool:
-    """Whether a value is a whole number, 1 or more."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def rate(value: Any) -> bool:
-    """Whether a value can be a learning rate."""
-    return _number(value) and 0 < value < math.inf
-
-
-def _truth(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-COUNT, RATE = "a whole number, 1 or more", "a number above 0"
-
-POSSIBLE: dict[str, tuple[Callable[[Any], bool], str]] = {
+POSSIBLE: Possible = {
+    **SHARED,
     "objective": (lambda v: v in (None, "masked", "causal", "spans"), "masked, causal or spans, or left out"),
     "steps": (count, COUNT),
     "length": (lambda v: count(v) and v >= 8, "a whole number of tokens, 8 or more"),
-    "batch_size": (count, COUNT),
-    "accumulate": (count, COUNT),
-    "rate": (lambda v: v is None or (_number(v) and 0 < v < 1), "a share of the tokens, between 0 and 1, or left out"),
-    "span": (lambda v: _number(v) and 1 <= v < math.inf, "a number of tokens, 1 or more"),
-    "learning_rate": (rate, RATE),
-    "head": (_truth, "true or false"),
+    "rate": (lambda v: v is None or (number(v) and 0 < v < 1), "a share of the tokens, between 0 and 1, or left out"),
+    "span": (lambda v: number(v) and 1 <= v < math.inf, "a number of tokens, 1 or more"),
+    "head": (truth, "true or false"),
     "head_learning_rate": (lambda v: v is None or rate(v), f"{RATE}, or left out"),
-    "weight_decay": (lambda v: _number(v) and 0 <= v < math.inf, "0 or a number above it"),
-    "beta2": (lambda v: _number(v) and 0 < v < 1, "a number between 0 and 1"),
-    "warmup": (_whole, "a whole number of steps, 0 or more"),
-    "schedule": (lambda v: v in ("linear", "cosine", "constant"), "linear, cosine or constant"),
-    "clip": (lambda v: _number(v) and v > 0, "a number above 0; inf for no clipping"),
-    "precision": (lambda v: v in ("no", "bf16", "fp16"), "no, bf16 or fp16"),
-    "backbone_dropout": (_truth, "true or false"),
-    "scored_at_once": (lambda v: v is None or count(v), f"{COUNT}, or left out"),
+    "beta2": (lambda v: number(v) and 0 < v < 1, "a number between 0 and 1"),
+    "warmup": (whole, "a whole number of steps, 0 or more"),
+    "scored_at_once": (count_or_none, f"{COUNT}, or left out"),
     "evaluate_every": (count, COUNT),
     "dev_rows": (count, COUNT),
-    "checkpoint_every": (lambda v: v is None or count(v), f"{COUNT}, or left out"),
-    "seed": (_whole, "a whole number, 0 or more"),
+    "checkpoint_every": (count_or_none, f"{COUNT}, or left out"),
+    "seed": (whole, "a whole number, 0 or more"),
 }

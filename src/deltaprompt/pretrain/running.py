@@ -23,13 +23,14 @@ from deltaprompt.errors import ConfigError
 from deltaprompt.pretrain.keep import Pretrained, as_run, as_setting, described, keep, kept, small
 from deltaprompt.pretrain.loop import Group, Loop
 from deltaprompt.pretrain.objectives import Objective, objective_of, packed
-from deltaprompt.pretrain.pretraining import RATE, Pretraining, rate
+from deltaprompt.pretrain.pretraining import Pretraining
 from deltaprompt.pretrain.scoring import Scorer
 from deltaprompt.pretrain.text import Stream, Texts, streams
 from deltaprompt.trainer import Progress, Training, failures
 from deltaprompt.trainer.accelerated import is_main
 from deltaprompt.trainer.checkpoint import Checkpoints
 from deltaprompt.trainer.order import chance_kept
+from deltaprompt.trainer.possible import RATE, rate
 from deltaprompt.trainer.progress import usual
 
 

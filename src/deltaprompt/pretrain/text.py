@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deltaprompt.data.formats import rows_of
 from deltaprompt.errors import ConfigError, DataError
-from deltaprompt.pretrain.pretraining import COUNT, count
+from deltaprompt.trainer.possible import COUNT, count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -17,8 +17,10 @@ from deltaprompt.model import Model, Task
 from deltaprompt.model.model import evaluating, read
 from deltaprompt.model.reader import of_rows
 from deltaprompt.model.showing import shows
+from deltaprompt.model.starting import unlabelled_of
 from deltaprompt.types import Example
 from deltaprompt.verbalizers._base import Verbalizer
+from deltaprompt.verbalizers._words import tuple_of
 from deltaprompt.verbalizers.label_words import LabelWords
 from deltaprompt.verbalizers.soft import SoftVerbalizer
 
@@ -49,7 +51,7 @@ class Frozen:
         found = torch.zeros(len(tasks), len(rows), len(tasks[0].names))
         with self._asking(tasks) as model, torch.inference_mode():
             alike = _alike(model)
-            encoded = [model.encode(_bare(rows), slots[0]) for slots in alike]
+            encoded = [model.encode(unlabelled_of(rows), slots[0]) for slots in alike]
             for part in self._parts(model, encoded, alike):
                 for slot, own, p in self._asked(model, encoded, alike, part):
                     found[slot, own] = p
@@ -59,7 +61,7 @@ class Frozen:
         """The states [n, d] where the first token of an answer is read; the template shows no demonstrations."""
         plain = Task(task.template, task.names, SoftVerbalizer(), task.max_length)
         with evaluating(self.backbone.model), _model(self.backbone, [plain]) as model, torch.inference_mode():
-            encoded = [model.encode(_bare(rows))]
+            encoded = [model.encode(unlabelled_of(rows))]
             found = torch.zeros(len(rows), self.backbone.width, device=model.device)
             for part in self._parts(model, encoded, [[0]]):
                 batch = model.features.collate([encoded[0][row] for _, row in part]).to(model.device)
@@ -174,8 +176,4 @@ def label_words(task: Task, backbone: Backbone) -> dict[str, tuple[str, ...]]:
             f"this search needs label words, and the task has {type(settled).__name__}; give labels words and leave "
             "the verbalizer out, and load a language model (kind = 'masked', 'causal' or 'seq2seq')"
         )
-    return {label: (w,) if isinstance(w := settled.words[label], str) else tuple(w) for label in task.names}
-
-
-def _bare(rows: Sequence[Example]) -> list[Example]:
-    return [Example(row.fields) for row in rows]
+    return {label: tuple_of(settled.words[label]) for label in task.names}

@@ -12,6 +12,7 @@ from deltaprompt.features import Encoded
 from deltaprompt.model import Model
 from deltaprompt.model.below import Below, Nothing, below
 from deltaprompt.model.generator import Generator, Trainable
+from deltaprompt.model.reader import Reader
 from deltaprompt.model.similar import Similar, label_of
 from deltaprompt.trainer.measure import measured
 from deltaprompt.trainer.plan import Plan, told
@@ -119,8 +120,7 @@ class Labelling(Objective):
         return self.model.features.kind == "causal"
 
     def sort(self, slot: int, row: Encoded) -> tuple[int, int]:
-        """In rows for a text, or in tokens that answers have."""
-        return len(row.variants), self.group(slot) if self.model.reader(slot).reading.continues else -1
+        return _sort(self.model.reader(slot), self.group(slot), row)
 
     def whole(self, slots: Sequence[int]) -> bool:
         return any(isinstance(self.model.reader(slot).verbalizer, Trained) for slot in slots)
@@ -215,7 +215,7 @@ class Pairing(Objective):
         return self.model.features.kind == "causal"
 
     def sort(self, slot: int, row: Encoded) -> tuple[int, int]:
-        return len(row.variants), self.group(slot) if self.model.reader(slot).reading.continues else -1
+        return _sort(self.model.reader(slot), self.group(slot), row)
 
     def whole(self, slots: Sequence[int]) -> bool:
         return False
@@ -225,6 +225,11 @@ class Pairing(Objective):
 
     def below(self, rows: Sequence[Encoded]) -> Below | Nothing:
         return Nothing("each pair has two texts")
+
+
+def _sort(reader: Reader, group: int, row: Encoded) -> tuple[int, int]:
+    """In rows for a text, or in tokens that answers have."""
+    return len(row.variants), group if reader.reading.continues else -1
 
 
 def objective_of(model: Trainable) -> Objective:

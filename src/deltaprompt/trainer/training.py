@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from deltaprompt.errors import ConfigError
+from deltaprompt.trainer.possible import RATE, SHARED, Possible, check, count_or_none, number, rate, truth
 
 Schedule = Literal["linear", "cosine", "constant"]
 Precision = Literal["no", "bf16", "fp16"]
@@ -59,10 +59,7 @@ class Training:
     checkpoint_every: int | None = None
 
     def __post_init__(self) -> None:
-        for name, (possible, means) in POSSIBLE.items():
-            value = vars(self)[name]
-            if not possible(value):
-                raise ConfigError(f"{name} = {value!r} is not possible: it is {means}")
+        check(vars(self), POSSIBLE)
         if self.epochs is not None and self.steps is not None:
             raise ConfigError(f"epochs = {self.epochs} and steps = {self.steps} were both given; give one of them")
 
@@ -90,37 +87,14 @@ class Training:
         return {"constant": 1.0, "linear": 1.0 - past, "cosine": (1 + math.cos(math.pi * past)) / 2}[self.schedule]
 
 
-def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _count_or_none(value: Any) -> bool:
-    return value is None or _count(value)
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _rate(value: Any) -> bool:
-    return _number(value) and 0 < value < math.inf
-
-
-POSSIBLE: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "epochs": (_count_or_none, "a whole number, 1 or more, or left out"),
-    "steps": (_count_or_none, "a whole number, 1 or more, or left out"),
-    "batch_size": (_count, "a whole number, 1 or more"),
-    "accumulate": (_count, "a whole number, 1 or more"),
-    "learning_rate": (_rate, "a number above 0"),
-    "verbalizer_learning_rate": (_rate, "a number above 0"),
-    "weight_decay": (lambda v: _number(v) and 0 <= v < math.inf, "0 or a number above it"),
-    "warmup": (lambda v: _number(v) and 0 <= v <= 1, "a fraction of the steps, 0 to 1"),
-    "schedule": (lambda v: v in ("linear", "cosine", "constant"), "linear, cosine or constant"),
-    "clip": (lambda v: _number(v) and v > 0, "a number above 0; inf for no clipping"),
-    "precision": (lambda v: v in ("no", "bf16", "fp16"), "no, bf16 or fp16"),
-    "patience": (_count_or_none, "a whole number of evaluations, 1 or more, or none"),
-    "backbone_dropout": (lambda v: isinstance(v, bool), "true or false"),
-    "checkpointing": (lambda v: isinstance(v, bool), "true or false"),
-    "keep": (lambda v: isinstance(v, bool), "true or false"),
-    "checkpoint_every": (_count_or_none, "a whole number of steps, 1 or more, or left out"),
+POSSIBLE: Possible = {
+    **SHARED,
+    "epochs": (count_or_none, "a whole number, 1 or more, or left out"),
+    "steps": (count_or_none, "a whole number, 1 or more, or left out"),
+    "verbalizer_learning_rate": (rate, RATE),
+    "warmup": (lambda v: number(v) and 0 <= v <= 1, "a fraction of the steps, 0 to 1"),
+    "patience": (count_or_none, "a whole number of evaluations, 1 or more, or none"),
+    "checkpointing": (truth, "true or false"),
+    "keep": (truth, "true or false"),
+    "checkpoint_every": (count_or_none, "a whole number of steps, 1 or more, or left out"),
 }
