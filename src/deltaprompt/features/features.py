@@ -116,6 +116,16 @@ class Features:
 
     def answer_ids(self, word: str) -> list[int]:
         """The token ids of a label word as it stands at the (first) mask."""
+        if word not in self._answers:
+            self._answers[word] = self._answer_ids(word)
+        return list(self._answers[word])
+
+    @cached_property
+    def _answers(self) -> dict[str, list[int]]:
+        """Of label words, for whose ids a verbalizer asks several times."""
+        return {}
+
+    def _answer_ids(self, word: str) -> list[int]:
         word, place = word.strip(), self._layout
         ids = self._codec.one(" " + word if place.space else word, place.opens and not place.space) if word else []
         if self._codec.unknown in ids:  # no piece of the vocabulary goes on without a blank
@@ -349,7 +359,7 @@ class Features:
     def _texts_of(self, example: Example) -> tuple[tuple[int, ...], ...]:
         """The ids of each class's own text in an example."""
         texts = [phrase.filled(example.fields) for phrase in self.phrases]
-        each, longest = [tuple(self.answer_ids(text)) for text in texts], max(self.answer_lengths)
+        each, longest = [tuple(self._answer_ids(text)) for text in texts], max(self.answer_lengths)
         for text, ids in zip(texts, each, strict=True):
             if len(ids) > longest:
                 raise DataError(
