@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from functools import lru_cache
@@ -166,6 +167,11 @@ KINDS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
 
 
 @lru_cache
-def build(kind: str) -> PreTrainedTokenizerFast:
-    """The tiny tokenizer of that family, made once; do not change it."""
+def trained(kind: str) -> PreTrainedTokenizerFast:
+    """The tiny tokenizer of that family, trained once."""
     return KINDS[kind]()
+
+
+def build(kind: str) -> PreTrainedTokenizerFast:
+    """A tiny tokenizer of that family, the caller's own: what one test sets on it, no other test sees."""
+    return copy.deepcopy(trained(kind))
