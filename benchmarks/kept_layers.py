@@ -38,7 +38,7 @@ def rows() -> list[dp.Example]:
 
 def runs_of(case: str) -> tuple[dict[str, Callable[[], object]], dict[str, dp.Run]]:
     """One call trains a new model, keeping or not; the last runs by the same names."""
-    backbone, (train, dev) = dp.load("demo", device="cpu"), dp.few_shot(rows(), SHOTS, 0)
+    backbone, (train, dev) = dp.load("demo", kind="encoder", device="cpu"), dp.few_shot(rows(), SHOTS, 0)
     deltas, verbalizer = CASES[case]
     task = dp.Task("{text}", dict.fromkeys(LABELS, ()), verbalizer, max_length=128)
     done: dict[str, dp.Run] = {}

@@ -24,7 +24,7 @@ def main() -> None:
     if recipe.data.train is None or recipe.data.test is None:
         parser.error("the recipe names no training or no test file")
     train, test = (rows(source, recipe.data, ("text",), "train") for source in (recipe.data.train, recipe.data.test))
-    backbone = dp.load(recipe.backbone.name)
+    backbone = dp.load(recipe.backbone.name, kind="encoder")
     tested, gold = embedded(backbone, test, recipe.task.max_length), [e.label for e in test]
     each = []
     for seed in recipe.seeds:

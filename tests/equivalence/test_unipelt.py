@@ -10,10 +10,8 @@ import pytest
 import torch
 from torch.nn.functional import gelu
 from torch.testing import assert_close
-from typer.testing import CliRunner
 
 import deltaprompt as dp
-from deltaprompt.cli import app
 from deltaprompt.compose import Adapted
 from deltaprompt.deltas.adapter import Adapter
 from deltaprompt.deltas.lora import LoRA
@@ -21,6 +19,7 @@ from deltaprompt.deltas.prefix import Prefix
 from tests import backbones_zoo as zoo
 from tests.adapted_zoo import shake
 from tests.by_hand import ByHand
+from tests.command import last_json, succeeds
 
 FAMILIES = ["bert", "gpt2", "llama", "t5"]
 UNIPELT = (LoRA(2, alpha=6.0, gated=True), Adapter(3, placement="pfeiffer", gated=True), Prefix(3, gated=True))
@@ -102,21 +101,16 @@ def test_on_the_command_line(tmp_path):
     deltas = ("lora:rank=2,gated=yes", "adapter:bottleneck=3,placement=pfeiffer,gated=yes", "prefix:length=3,gated=yes")
     chosen = [argument for delta in deltas for argument in ("--delta", delta)]
 
-    def run(*arguments):
-        done = CliRunner().invoke(app, [str(a) for a in arguments])
-        assert done.exit_code == 0, done.output
-        return done.stdout
-
     fit = ["fit", "--data", data, "--no-dev", "--backbone", tiny, "--steps", 2, "--device", "cpu", "--out", out]
-    run(*fit, *chosen)
-    record = json.loads(run("inspect", out, "--json"))
+    succeeds(*fit, *chosen)
+    record = last_json(succeeds("inspect", out, "--json"))
     assert [(d["kind"], d["gated"]) for d in record["deltas"]] == [("lora", True), ("adapter", True), ("prefix", True)]
-    shown = run("inspect", tiny, *chosen)
+    shown = succeeds("inspect", tiny, *chosen).stdout
     model = dp.open(out, backbone=dp.load(str(tiny)))
     for number, delta in enumerate(("lora (", "adapter (", "prefix (")):
         line = next(line for line in shown.splitlines() if line.startswith(f"✓ {delta}"))
         own = sum(t[0].numel() for name, t in model.adapted.parts() if name.startswith(f"{number}."))
         assert "gated=True" in line
         assert f" {own:,} parameters" in line
-    assert "gated: True" in run("inspect", out)
-    assert "good" in run("predict", out, data, "--device", "cpu", "--json")
+    assert "gated: True" in succeeds("inspect", out).stdout
+    assert "good" in succeeds("predict", out, data, "--device", "cpu", "--json").stdout

@@ -394,7 +394,7 @@ class TestDemo:
 
     def test_it_loads(self):
         backbone = load("demo", device="cpu")
-        assert (backbone.kind, backbone.width, backbone.name) == ("encoder", 384, "demo")
+        assert (backbone.kind, backbone.width, backbone.name) == ("masked", 384, "demo")
         assert len(backbone.sites.select(["attn.q"])) == len(backbone.sites.select(["ffn.down"])) > 0
 
     def test_a_changed_package_is_refused(self, monkeypatch):

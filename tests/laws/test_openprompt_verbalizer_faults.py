@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.testing import assert_close
-from typer.testing import CliRunner
 
-from deltaprompt.cli import app
 from deltaprompt.errors import ConfigError, DeltaPromptError
 from deltaprompt.model import Model, Task, adapt
 from deltaprompt.model.saved import open_
@@ -20,6 +18,7 @@ from deltaprompt.verbalizers.label_words import LabelWords
 from deltaprompt.verbalizers.proto_verb import ProtoVerb
 from deltaprompt.verbalizers.rules import Rules
 from tests import backbones_zoo as zoo
+from tests.command import succeeds
 
 LABELS = ("up", "down", "so")
 TEMPLATE = "{text} It was {mask}"
@@ -93,8 +92,7 @@ def test_b9_b14_the_command_runs_on_a_cpu_with_every_number_given(tmp_path) -> N
     command = ["fit", "--data", data, "--backbone", tmp_path / "bert", "--device", "cpu", "--template", TEMPLATE]
     command += ["--labels", "up=good", "--labels", "down=bad", "--labels", "so=not", "--delta", "lora:rank=2,at=attn.q"]
     command += ["--steps", "2", "--batch-size", "3", "--learning-rate", "1e-3", "--no-dev", "--out", tmp_path / "out"]
-    done = CliRunner().invoke(app, [str(word) for word in command])
-    assert done.exit_code == 0, done.output
+    succeeds(*command)
     assert (tmp_path / "out" / "adaptation.json").is_file()
 
 

@@ -362,7 +362,7 @@ def test_descriptions_on_the_demo_backbone_are_cosines_of_sentence_embeddings():
         "science": "news about science",
     }
     task = Task("{text}", list(says), LabelDescriptions(says, scale=1.0))
-    model = adapt(load("demo", device="cpu"), task)
+    model = adapt(load("demo", kind="encoder", device="cpu"), task)
     plain, tokenizer = (c.from_pretrained(demo_folder()) for c in (AutoModel, AutoTokenizer))
 
     @torch.no_grad()

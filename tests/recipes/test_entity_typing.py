@@ -7,15 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from typer.testing import CliRunner
 
-from deltaprompt.cli import app
 from deltaprompt.cli.recipe import build, read_toml
 from deltaprompt.data.linked import Linked
 from deltaprompt.errors import ConfigError, DataError
 from deltaprompt.model.saved import describe, open_
 from tests import tokenizers_zoo
 from tests.backbones_zoo import BERT
+from tests.command import last_json, run, succeeds
 
 ROOT = Path(__file__).parents[2]
 QUICK = ("--device", "cpu", "--batch-size", "8")
@@ -74,18 +73,8 @@ def recipe(data, tmp_path):
     return made
 
 
-def run(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
-def succeeds(*arguments):
-    done = run(*arguments)
-    assert done.exit_code == 0, done.output
-    return done
-
-
 def result(*arguments):
-    return json.loads(succeeds(*arguments, "--json").stdout.splitlines()[-1])
+    return last_json(succeeds(*arguments, "--json"))
 
 
 def test_supervised_from_a_recipe_to_predictions(recipe, tiny, data, tmp_path):

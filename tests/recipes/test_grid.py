@@ -14,6 +14,7 @@ from deltaprompt import store
 from deltaprompt.cli import app
 from deltaprompt.trainer import loop
 from tests import backbones_zoo as zoo
+from tests.command import succeeds
 
 TEXTS = ("a good movie", "so bad", "good", "it was bad", "good good", "three bad movie so it", "so good", "bad movie")
 TEMPLATES = ("{text} it was {mask}", "so {text} : {mask}")
@@ -41,9 +42,7 @@ def words(folder: Path, a: str, b: str) -> str:
 
 
 def fit(*arguments: object) -> Any:
-    done = CliRunner().invoke(app, ["fit", *map(str, arguments)])
-    assert done.exit_code == 0, done.output
-    return done
+    return succeeds("fit", *arguments)
 
 
 def fit_json(*arguments: object) -> dict[str, Any]:

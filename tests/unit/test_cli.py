@@ -8,16 +8,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from deltaprompt.cli import app, demo
+from deltaprompt.cli import demo
 from deltaprompt.cli import fit as fit_module
 from deltaprompt.cli.recipe import build, overlaid, read_toml, seeds_of, variant_of
 from deltaprompt.errors import ConfigError
 from tests import backbones_zoo
+from tests.command import fails, last_json, run, succeeds
 
 ROOT = Path(__file__).parents[2]
 REVIEWS = {
@@ -43,29 +42,6 @@ REVIEWS = {
     ],
 }
 SHORT = ("--steps", "2", "--delta", "lora:rank=2,at=attn.q", "--device", "cpu")
-
-
-def run(*arguments: object, stdin: str | None = None) -> Any:
-    return CliRunner().invoke(app, [str(a) for a in arguments], input=stdin)
-
-
-def succeeds(*arguments: object, stdin: str | None = None) -> Any:
-    done = run(*arguments, stdin=stdin)
-    assert done.exit_code == 0, done.output
-    return done
-
-
-def fails(*arguments: object, code: int = 2) -> str:
-    """The one line of an error, without a traceback."""
-    done = run(*arguments)
-    assert done.exit_code == code, done.output
-    assert "Traceback" not in done.output
-    return done.stderr.strip()
-
-
-def last_json(done: Any) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
 
 
 @pytest.fixture(scope="module")

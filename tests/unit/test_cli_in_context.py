@@ -11,8 +11,9 @@ import pytest
 from deltaprompt.cli.recipe import build, read_toml
 from deltaprompt.features import Features
 from deltaprompt.templates import parse
+from tests.command import fails, last_json, succeeds
 from tests.laws.test_demonstrations import backbone_of
-from tests.unit.test_cli import REVIEWS, fails, last_json, succeeds
+from tests.unit.test_cli import REVIEWS
 
 ROOT = Path(__file__).parents[2]
 SHOWN = ("--template", "{demos:4}{text} : {mask}\n", "--labels", "bad=bad", "--labels", "good=good", "--device", "cpu")

@@ -4,37 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from deltaprompt.cli import app
 from deltaprompt.compose import Adapted
 from deltaprompt.deltas.lora import LoRA
 from deltaprompt.interchange import save_peft
 from deltaprompt.model import Task, adapt
 from tests import backbones_zoo
+from tests.command import fails, succeeds
 
 TASK = Task("{text} It was {mask}.", {"bad": ("no", "not"), "good": "yes"})
 LABELS = ("--labels", "bad=no|not", "--labels", "good=yes")
-
-
-def run(*arguments: object, stdin: str | None = None) -> Any:
-    return CliRunner().invoke(app, [str(a) for a in arguments], input=stdin)
-
-
-def succeeds(*arguments: object, stdin: str | None = None) -> Any:
-    done = run(*arguments, stdin=stdin)
-    assert done.exit_code == 0, done.output
-    return done
-
-
-def fails(*arguments: object) -> str:
-    done = run(*arguments)
-    assert done.exit_code == 2, done.output
-    assert "Traceback" not in done.output
-    return done.stderr.strip()
 
 
 @pytest.fixture(scope="module")

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from deltaprompt.cli import app
 from deltaprompt.cli.recipe import build, overlaid, read_toml
 from deltaprompt.errors import ConfigError
 from deltaprompt.model.generation import Chat, Generation
 from deltaprompt.store import describe
 from tests import backbones_zoo as zoo
+from tests.command import fails, succeeds
 
 ROOT = Path(__file__).parents[2]
 SHORT = ("--steps", "2", "--delta", "lora:rank=2,at=attn.q", "--device", "cpu")
@@ -26,23 +24,6 @@ ROWS = [
 TALKS = [
     {"id": str(n), "data": ["a film ?", "a great movie", "was it good ?", "yes", "no ?"][: 4 + n % 2]} for n in range(6)
 ]
-
-
-def run(*arguments: object, stdin: str | None = None) -> Any:
-    return CliRunner().invoke(app, [str(a) for a in arguments], input=stdin)
-
-
-def succeeds(*arguments: object, stdin: str | None = None) -> Any:
-    done = run(*arguments, stdin=stdin)
-    assert done.exit_code == 0, done.output
-    return done
-
-
-def fails(*arguments: object) -> str:
-    done = run(*arguments)
-    assert done.exit_code == 2, done.output
-    assert "Traceback" not in done.output
-    return done.stderr.strip()
 
 
 def saved(folder: Path, family: str) -> Path:

@@ -4,9 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from deltaprompt.cli import app
 from deltaprompt.cli.grid import cells_of
 from deltaprompt.cli.interchange import _task_table
 from deltaprompt.cli.recipe import build, grid_of, labels_of
@@ -16,6 +14,7 @@ from deltaprompt.errors import ConfigError, DataError
 from deltaprompt.templates import Template
 from deltaprompt.types import Example
 from tests import backbones_zoo
+from tests.command import succeeds
 
 TWO = ("bad", "good")
 
@@ -162,8 +161,7 @@ def test_fit_takes_a_file_of_words(tmp_path: Path) -> None:
         "bad,good",
     )
     more = ("--data", data, "--steps", 1, "--delta", "bitfit", "--no-dev", "--device", "cpu", "--out", tmp_path / "out")
-    done = CliRunner().invoke(app, [str(word) for word in ("fit", *task, *more)])
-    assert done.exit_code == 0, done.output
+    succeeds("fit", *task, *more)
     record = json.loads((tmp_path / "out" / "adaptation.json").read_text())
     assert record["verbalizer"]["words"] == {"bad": ["terrible", "awful"], "good": ["great"]}
 

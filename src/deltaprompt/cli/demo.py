@@ -47,7 +47,7 @@ def demo(
     from deltaprompt.cli.recipe import seeds_of
     from deltaprompt.data import few_shot, shipped
 
-    pool, test, backbone = shipped.load("train"), shipped.load("test"), load("demo", device="cpu")
+    pool, test, backbone = shipped.load("train"), shipped.load("test"), load("demo", kind="encoder", device="cpu")
     supports = {seed: few_shot(pool, shots, seed) for seed in seeds_of(seeds)}
     console.note(f"customer messages, {len(DESCRIPTIONS)} classes, {shots} examples of each to learn from")
     rows = [

@@ -144,7 +144,7 @@ def _run(recipe: Recipe, resume: bool) -> SeedsResult | GridResult:
     """Loads, trains and measures."""
     from deltaprompt.cli.data import Deal, apart, fields_of, names_of, rows, training_file
     from deltaprompt.cli.grid import cells_of
-    from deltaprompt.cli.task import task_for
+    from deltaprompt.cli.task import loaded, task_for
     from deltaprompt.model import Model
     from deltaprompt.model.starting import unlabelled_of
     from deltaprompt.trainer import fit_grid, fit_seeds
@@ -152,7 +152,7 @@ def _run(recipe: Recipe, resume: bool) -> SeedsResult | GridResult:
     if recipe.generation is not None:
         return writing.run(recipe, recipe.generation, resume)
     if recipe.pairs is not None:
-        return entities.fit(recipe, recipe.pairs, _loaded(recipe), resume)
+        return entities.fit(recipe, recipe.pairs, loaded(recipe.backbone, recipe.task.template), resume)
     source = training_file(recipe)
     fields = fields_of(recipe)
     train, test = apart(recipe.data, fields, rows(source, recipe.data, fields, "train"))
@@ -161,7 +161,7 @@ def _run(recipe: Recipe, resume: bool) -> SeedsResult | GridResult:
     unlabelled = [] if more is None else rows(more, recipe.data, fields, "unlabelled")
     if recipe.shots == 0 and not unlabelled:
         unlabelled = unlabelled_of(train)
-    backbone = _loaded(recipe)
+    backbone = loaded(recipe.backbone, recipe.task.template)
     deltas = _deltas(recipe, backbone)
     seeds, together, out = recipe.seeds, recipe.together, recipe.out
     if recipe.grid.axes:
@@ -190,13 +190,6 @@ def _run(recipe: Recipe, resume: bool) -> SeedsResult | GridResult:
         resume=resume,
         unlabelled=unlabelled,
     )
-
-
-def _loaded(recipe: Recipe) -> Backbone:
-    from deltaprompt.backbone import load
-
-    b = recipe.backbone
-    return load(b.name, kind=b.kind, device=b.device, dtype=b.dtype, attention=b.attention, revision=b.revision)
 
 
 def _deltas(recipe: Recipe, backbone: Backbone) -> Sequence[Delta]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 import sys
@@ -86,9 +87,8 @@ def search(
 
 def _run(recipe: Recipe, own: Mapping[str, Any], trains: bool, resume: bool) -> Draws:
     """Searches on every seed's rows, and only then reads the test rows."""
-    from deltaprompt.backbone import load
     from deltaprompt.cli.data import Deal, fields_of, rows, training_file
-    from deltaprompt.cli.task import task_for
+    from deltaprompt.cli.task import loaded, task_for
     from deltaprompt.data import labels_of
     from deltaprompt.data.formats import HUB
     from deltaprompt.search import Draws
@@ -99,15 +99,16 @@ def _run(recipe: Recipe, own: Mapping[str, Any], trains: bool, resume: bool) -> 
         raise ConfigError(f"there is no file of test rows {test!r}; mend test in [data], or leave it out")
     train = rows(source, recipe.data, fields, "train")
     dev = None if recipe.data.dev is None else rows(recipe.data.dev, recipe.data, fields, "dev")
-    b = recipe.backbone
-    backbone = load(b.name, kind=b.kind, device=b.device, dtype=b.dtype, attention=b.attention, revision=b.revision)
-    generator = _generator(own, b.device) if kind == "templates" else None
+    backbone = loaded(recipe.backbone)
+    generator = _generator(own, recipe.backbone.device) if kind == "templates" else None
     task, deal = task_for(recipe.task, backbone, labels_of(train)), Deal(recipe, train, dev)
     out, found = None if recipe.out is None else Path(recipe.out), []
     for seed in recipe.seeds:
         draw = deal(seed)
         folder = None if out is None else out / f"seed-{seed}"
-        console.note(f"{kind} on {b.name}, seed {seed}: {len(draw[0])} training rows, {len(draw[1] or [])} dev rows")
+        console.note(
+            f"{kind} on {backbone.name}, seed {seed}: {len(draw[0])} training rows, {len(draw[1] or [])} dev rows"
+        )
         tuning = _tuning(recipe, backbone, seed)
         found.append(_searched(kind, options, backbone, generator, task, draw, seed, tuning, folder, resume))
         _write(folder, found[-1])
@@ -139,8 +140,8 @@ def _search_of(own: Mapping[str, Any], recipe: Recipe, trains: bool) -> tuple[st
 
 
 def _generator(own: Mapping[str, Any], device: str | None) -> Backbone:
-    from deltaprompt.backbone import load
     from deltaprompt.cli.recipe import BackboneTable, build
+    from deltaprompt.cli.task import loaded
 
     table = own.get("generator")
     if not isinstance(table, Mapping) or "name" not in table:
@@ -149,8 +150,7 @@ def _generator(own: Mapping[str, Any], device: str | None) -> Backbone:
             "--generator, or in the recipe's [generator]; such as t5-small, or a folder"
         )
     g: BackboneTable = build({"backbone": dict(table)}).backbone
-    device = g.device or device
-    return load(g.name, kind=g.kind, device=device, dtype=g.dtype, attention=g.attention, revision=g.revision)
+    return loaded(dataclasses.replace(g, device=g.device or device))
 
 
 def _searched(

@@ -1,4 +1,4 @@
-"""What a recipe leaves open is chosen for the backbone and the data: template, deltas, verbalizer."""
+"""What a recipe leaves open is chosen: the demo's kind, and for backbone and data template, deltas and verbalizer."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deltaprompt import registry
-from deltaprompt.backbone import Backbone, Kind
+from deltaprompt.backbone import Backbone, Kind, load
+from deltaprompt.backbone.load import DEMO
 from deltaprompt.calibrations._base import Calibration
-from deltaprompt.cli.recipe import Labels, TaskTable, Words
+from deltaprompt.cli.recipe import BackboneTable, Labels, TaskTable, Words
 from deltaprompt.data import read_label_words
 from deltaprompt.deltas._base import Delta
 from deltaprompt.deltas.lora import LoRA
@@ -26,6 +27,13 @@ TEMPLATES: Mapping[Kind, str] = {
     "causal": "{text} Category: {mask}",
     "seq2seq": "{text} Category: {mask}",
 }
+
+
+def loaded(b: BackboneTable, template: str | None = "{mask}") -> Backbone:
+    """The backbone of a recipe's table; the demo is a sentence encoder where a classification has no `{mask}`."""
+    encodes = b.kind is None and b.name == DEMO and (template is None or not parse(template).masks)
+    kind: Kind | None = "encoder" if encodes else b.kind
+    return load(b.name, kind=kind, device=b.device, dtype=b.dtype, attention=b.attention, revision=b.revision)
 
 
 def deltas_for(backbone: Backbone) -> tuple[Delta, ...]:

@@ -37,9 +37,8 @@ def tables(given: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any
 
 def run(recipe: Recipe, generation: Generation | Chat, resume: bool) -> SeedsResult:
     """Loads, trains and measures."""
-    from deltaprompt.backbone import load
     from deltaprompt.cli.data import DEV_SHARE, training_file
-    from deltaprompt.cli.task import deltas_for
+    from deltaprompt.cli.task import deltas_for, loaded
     from deltaprompt.data import grouped, hold_out, told_apart
     from deltaprompt.model.generator import Generator
     from deltaprompt.trainer import fit_seeds
@@ -50,8 +49,7 @@ def run(recipe: Recipe, generation: Generation | Chat, resume: bool) -> SeedsRes
     test = None if asked.test is None else grouped(_rows(asked.test, asked, generation))
     if test is not None and asked.seen is not None:
         test = told_apart(test, train, asked.seen)
-    b = recipe.backbone
-    backbone = load(b.name, kind=b.kind, device=b.device, dtype=b.dtype, attention=b.attention, revision=b.revision)
+    backbone = loaded(recipe.backbone)
     deltas = deltas_for(backbone) if recipe.deltas is None else recipe.deltas
     _note(recipe, generation, [type(delta).__name__ for delta in deltas], len(train))
 

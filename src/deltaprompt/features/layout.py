@@ -134,7 +134,10 @@ def check_masks(kind: Kind, pieces: Iterable[Piece | Raw], lengths: Sequence[int
     """A kind of backbone answers at one place, at several, or (masked) at least at one."""
     masks = sum(isinstance(p, Mask) for p in pieces)
     if kind == "masked" and not masks:
-        raise TemplateError("a masked model answers at {mask}, got none; write for example '{text} It was {mask}.'")
+        raise TemplateError(
+            "a masked model answers at {mask}, got none; write for example '{text} It was {mask}.', or load it as a "
+            "sentence encoder: kind='encoder'"
+        )
     if kind in ("causal", "seq2seq") and masks > 1:
         what = "a left-to-right model" if kind == "causal" else "an encoder-decoder"
         raise TemplateError(f"{what} gives one answer, got {masks} masks; leave one {{mask}}, or use a masked backbone")

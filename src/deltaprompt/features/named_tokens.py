@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from deltaprompt.errors import DataError, TemplateError
 from deltaprompt.templates import SPECIALS, Special
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+SENTINEL: Final = "<extra_id_{}>"  # T5's names of what stands for a gap
 
 
 def mask_id(tokenizer: PreTrainedTokenizerFast, sentinel: str | None) -> int:

@@ -16,6 +16,7 @@ from deltaprompt.deltas.prefix import Prefix
 from deltaprompt.deltas.soft_prompt import SoftPrompt
 from deltaprompt.errors import ConfigError
 from deltaprompt.features import Features
+from deltaprompt.features.named_tokens import SENTINEL
 from deltaprompt.model import several
 from deltaprompt.model.task import Task
 from deltaprompt.model.virtual import room
@@ -23,8 +24,6 @@ from deltaprompt.params import Param, Weights, zeros
 from deltaprompt.templates import Field, Literal, Template, parse
 from deltaprompt.types import AtMask
 from deltaprompt.verbalizers._base import PRIOR, Answers, Phrased, Setting, Trained, Verbalizer, Worded, normalised
-
-T5_SENTINEL = "<extra_id_0>"
 
 
 class Scorer(Stack):
@@ -182,7 +181,8 @@ def features_of(backbone: Backbone, task: Task, verbalizer: Verbalizer, deltas: 
     longest, virtual = room(backbone, deltas, task.max_length)
     config = backbone.config
     two = backbone.kind == "seq2seq"
-    sentinel = T5_SENTINEL if two and T5_SENTINEL in backbone.tokenizer.get_vocab() else None
+    first = SENTINEL.format(0)
+    sentinel = first if two and first in backbone.tokenizer.get_vocab() else None
     features = Features(
         backbone.tokenizer,
         parse(task.template),

@@ -11,7 +11,8 @@ from deltaprompt.backbone import Backbone
 from deltaprompt.backbone.demo import demo_folder
 from deltaprompt.backbone.load import DEMO, quiet, tokenizer_of, wrap
 from deltaprompt.errors import ConfigError, nearest
-from deltaprompt.pretrain.objectives import KIND_FOR, SENTINEL
+from deltaprompt.features.named_tokens import SENTINEL
+from deltaprompt.pretrain.objectives import KIND_FOR
 from deltaprompt.pretrain.pretraining import Kind
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from torch import Tensor
 from deltaprompt.backbone import Backbone
 from deltaprompt.backbone import Kind as BackboneKind
 from deltaprompt.errors import ConfigError
+from deltaprompt.features.named_tokens import SENTINEL
 from deltaprompt.pretrain.pretraining import Kind, Pretraining
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ MASKED, IN_SPANS = 0.2, 0.15  # shares hidden where none is given (Wettig et al.
 DEV_MASKED = 0.15  # on dev: what is usually reported (Devlin et al. 2019)
 KIND_FOR: Mapping[Kind, BackboneKind] = {"masked": "masked", "causal": "causal", "spans": "seq2seq"}
 OF_KIND: Mapping[BackboneKind, Kind] = {kind: objective for objective, kind in KIND_FOR.items()}
-SENTINEL = "<extra_id_{}>"  # T5's names
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ from deltaprompt.backbone import Backbone
 from deltaprompt.backbone.load import states_of
 from deltaprompt.errors import BackboneError
 from deltaprompt.features.batching import attended, padded
+from deltaprompt.features.named_tokens import SENTINEL
 
 GAPS: Final = 2
-SENTINELS: Final = tuple(f"<extra_id_{i}>" for i in range(GAPS + 1))
+SENTINELS: Final = tuple(SENTINEL.format(i) for i in range(GAPS + 1))
 SEQUENCES: Final = 256  # (row, beginning of a fill) pairs in one pass of the decoder
 
 Step = Callable[[Tensor], Tensor]  # beginnings [h, t] -> Σ over rows of log p of what comes next [h, v]

@@ -91,9 +91,9 @@ class Started(ABC):
     begun: ClassVar[str]  # a tensor that is all zero before the start, without which there is no answer; "" for none
     labelled: ClassVar[bool] = True  # whether the support needs labels
 
-    @abstractmethod
     def texts(self, s: Setting) -> Sequence[str]:
-        """The texts, besides the support, whose states it starts from."""
+        """The texts, besides the support, whose states it starts from; none unless a class says so."""
+        return ()
 
     @abstractmethod
     def observed(self, w: Weights, s: Setting, at: AtMask) -> Tensor:
@@ -139,6 +139,11 @@ def pooled(at: AtMask) -> Tensor:
 def cosine(z: Tensor, h: Tensor) -> Tensor:
     """cos(h, z_c) [b, c] of states h [b, d] and unit prototypes z [c, d], or one set a row [b, c, d]."""
     return (functional.normalize(z, dim=-1) @ functional.normalize(h, dim=-1)[..., None]).squeeze(-1)
+
+
+def standardised(scores: Tensor) -> Tensor:
+    """Mean 0 and standard deviation 1 over the classes of each row."""
+    return (scores - scores.mean(-1, keepdim=True)) / scores.std(-1, keepdim=True).clamp(min=1e-6)
 
 
 def class_means(support: Tensor, classes: Tensor, count: int) -> Tensor:

@@ -6,6 +6,7 @@ mask), in a causal model or an encoder-decoder as the likelihood of the sequence
 
 from __future__ import annotations
 
+from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, TypeAlias
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from deltaprompt.errors import ConfigError
 from deltaprompt.params import Weights
 from deltaprompt.types import AtMask
-from deltaprompt.verbalizers._base import Setting, normalised, of_each
+from deltaprompt.verbalizers._base import Answers, Setting, Worded, normalised, of_each
 
 Words: TypeAlias = Mapping[str, str | tuple[str, ...]]
 Mean: TypeAlias = Literal["arithmetic", "geometric"]
@@ -61,22 +62,23 @@ def table(words: Sequence[tuple[int, list[int]]], classes: int) -> dict[str, Ten
     }
 
 
-def answer_lengths(words: Words, s: Setting) -> tuple[int, ...]:
-    """The numbers of tokens that a verbalizer's words have; 1 where it has no words, and reads states."""
-    if not words:
-        return (1,)
-    one_mask(s)
-    return lengths_of(word_ids(words, s))
+class Wordable(Answers, Worded, ABC):
+    """A verbalizer that reads states and may have label words beside them, in its field `words`."""
 
+    words: Words
 
-def units(words: Words, s: Setting) -> int:
-    """What a prior is over: the words, or the classes where there are none."""
-    return len(word_ids(words, s)) if words else len(s.labels)
+    def answer_lengths(self, s: Setting) -> tuple[int, ...]:
+        if not self.words:
+            return (1,)
+        one_mask(s)
+        return lengths_of(word_ids(self.words, s))
 
+    def units(self, s: Setting) -> int:
+        return len(word_ids(self.words, s)) if self.words else len(s.labels)
 
-def constants(words: Words, s: Setting) -> dict[str, Tensor]:
-    """What `scored` reads, where there are words."""
-    return table(word_ids(words, s), len(s.labels)) if words else {}
+    def constants(self, s: Setting) -> Mapping[str, Tensor]:
+        """What `scored` reads, where there are words."""
+        return table(word_ids(self.words, s), len(s.labels)) if self.words else {}
 
 
 def scored(w: Weights, s: Setting, at: AtMask) -> Tensor:
@@ -148,3 +150,15 @@ def _at_masks(logits: LogitsOf, hidden: Tensor, ids: Tensor, lengths: Tensor) ->
         chosen = ids[which, :length].T.expand(len(hidden), -1, -1)  # [b, t, u']
         made = made.index_copy(1, which, every.gather(-1, chosen).sum(1).to(made.dtype))
     return made
+
+
+def best_apart(scores: Tensor, size: int) -> Tensor:
+    """The best words of each class [c, size], each word in the class where it is best: the best pair is taken first."""
+    found = [list[int]() for _ in scores]
+    taken = set[int]()
+    for place in scores.flatten().argsort(descending=True).tolist():
+        c, word = divmod(place, scores.shape[1])
+        if word not in taken and len(found[c]) < size:
+            found[c].append(word)
+            taken.add(word)
+    return torch.tensor(found)

@@ -5,7 +5,7 @@ s(w, c) = Σ_{x of c} log p(w | x)/(1 − p(w | x)) / n_c − Σ_{x not of c} th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,7 +24,7 @@ from deltaprompt.verbalizers._base import (
     each_has_examples,
     without_prior,
 )
-from deltaprompt.verbalizers._words import Mean, of_classes, one_mask, vocabulary
+from deltaprompt.verbalizers._words import Mean, best_apart, of_classes, one_mask, vocabulary
 
 LEAST = 1e-30  # of 1 − p, where one word has all of it
 
@@ -66,9 +66,6 @@ class Automatic(Verbalizer, Worded, Started):
     def units(self, s: Setting) -> int:
         return self.size * len(s.labels)
 
-    def texts(self, s: Setting) -> Sequence[str]:
-        return []
-
     def observed(self, w: Weights, s: Setting, at: AtMask) -> Tensor:
         return vocabulary(at)
 
@@ -82,7 +79,7 @@ class Automatic(Verbalizer, Worded, Started):
                 "more candidates, or choose fewer words"
             )
         each = self._each(support[:, whole].double(), classes, len(s.labels))  # [c, words]
-        return {"ids": whole[_best(each, self.size)].float()}
+        return {"ids": whole[best_apart(each, self.size)].float()}
 
     def _each(self, log_p: Tensor, classes: Tensor, count: int) -> Tensor:
         """s(w, c) of words [n, w] -> [c, w]."""
@@ -100,15 +97,3 @@ class Automatic(Verbalizer, Worded, Started):
 
     def scores(self, w: Weights, s: Setting, at: AtMask) -> Tensor:
         return of_classes(without_prior(w, self.word_scores(w, s, at)), w["member"], self.mean)
-
-
-def _best(scores: Tensor, size: int) -> Tensor:
-    """The best words of each class [c, size], each word in the class where it is best: the best pair is taken first."""
-    found = [list[int]() for _ in scores]
-    taken = set[int]()
-    for place in scores.flatten().argsort(descending=True).tolist():
-        c, word = divmod(place, scores.shape[1])
-        if word not in taken and len(found[c]) < size:
-            found[c].append(word)
-            taken.add(word)
-    return torch.tensor(found)

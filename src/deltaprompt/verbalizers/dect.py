@@ -5,7 +5,7 @@ s_c is the label words' log-probability; r_c, the radius of a class's sphere, st
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -17,25 +17,21 @@ from deltaprompt.errors import ConfigError
 from deltaprompt.params import Param, Weights, normal, zeros
 from deltaprompt.types import AtMask
 from deltaprompt.verbalizers._base import (
-    Answers,
     Setting,
     Started,
     Verbalizer,
-    Worded,
     class_means,
     each_has_examples,
     pooled,
     without_prior,
 )
-from deltaprompt.verbalizers._words import answer_lengths, constants, of_classes, scored, units
+from deltaprompt.verbalizers._words import Wordable, of_classes, scored
 
-SMOOTH = (
-    1e-12  # keeps the gradient of a distance finite where an example lies on its prototype, as one of one shot does
-)
+SMOOTH = 1e-12  # keeps a distance's gradient finite where an example lies on its prototype, as that of one shot does
 
 
 @dataclass(frozen=True)
-class DecT(Verbalizer, Answers, Worded, Started):
+class DecT(Wordable, Verbalizer, Started):
     """Decoder tuning on a frozen model: d · k + c · (k + 1) parameters.
 
     Calibrate it, as the paper does its word scores; train it without a delta and the backbone runs once a text.
@@ -59,22 +55,10 @@ class DecT(Verbalizer, Answers, Worded, Started):
                 f"dect: got dim={self.dim}, word_weight={self.word_weight}; possible: dim >= 1, word_weight >= 0"
             )
 
-    def answer_lengths(self, s: Setting) -> tuple[int, ...]:
-        return answer_lengths(self.words, s)
-
-    def units(self, s: Setting) -> int:
-        return units(self.words, s)
-
     def params(self, s: Setting) -> Mapping[str, Param]:
         classes = len(s.labels)
         z = Param((classes, self.dim), normal((2 / (classes + self.dim)) ** 0.5), trains=not self.legacy)  # Xavier
         return {"w": Param((self.dim, s.width), normal(s.width**-0.5)), "z": z, "r": Param((classes,), zeros)}
-
-    def constants(self, s: Setting) -> Mapping[str, Tensor]:
-        return constants(self.words, s)
-
-    def texts(self, s: Setting) -> Sequence[str]:
-        return []
 
     def observed(self, w: Weights, s: Setting, at: AtMask) -> Tensor:
         return pooled(at)

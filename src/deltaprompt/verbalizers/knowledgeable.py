@@ -6,7 +6,7 @@ relevance those that go with another class as much as with their own; α, learne
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -69,9 +69,6 @@ class Knowledgeable(Verbalizer, Answers, Worded, Started):
 
     def constants(self, s: Setting) -> Mapping[str, Tensor]:
         return table(self._ids(s), len(s.labels))
-
-    def texts(self, s: Setting) -> Sequence[str]:
-        return []
 
     def observed(self, w: Weights, s: Setting, at: AtMask) -> Tensor:
         return torch.cat([normalised(scored(w, s, at)), vocabulary(at)], -1)

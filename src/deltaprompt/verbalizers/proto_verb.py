@@ -6,11 +6,10 @@ j ~ i are the other examples of i's class in the batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
@@ -18,23 +17,23 @@ from deltaprompt.errors import ConfigError
 from deltaprompt.params import Param, Weights, kaiming, zeros
 from deltaprompt.types import AtMask
 from deltaprompt.verbalizers._base import (
-    Answers,
     Setting,
     Started,
     Trained,
     Verbalizer,
-    Worded,
     class_means,
     cosine,
     each_has_examples,
     pooled,
+    standardised,
     without_prior,
 )
-from deltaprompt.verbalizers._words import answer_lengths, constants, of_classes, scored, units
+from deltaprompt.verbalizers._contrast import contrast
+from deltaprompt.verbalizers._words import Wordable, of_classes, scored
 
 
 @dataclass(frozen=True)
-class ProtoVerb(Verbalizer, Answers, Worded, Started, Trained):
+class ProtoVerb(Wordable, Verbalizer, Started, Trained):
     """Prototypes in a learned space of a few dimensions: d · k + c · k parameters; any number of examples a class.
 
     Args:
@@ -55,20 +54,8 @@ class ProtoVerb(Verbalizer, Answers, Worded, Started, Trained):
         if self.dim < 1 or self.scale <= 0:
             raise ConfigError(f"proto_verb: got dim={self.dim}, scale={self.scale}; possible: dim >= 1, scale > 0")
 
-    def answer_lengths(self, s: Setting) -> tuple[int, ...]:
-        return answer_lengths(self.words, s)
-
-    def units(self, s: Setting) -> int:
-        return units(self.words, s)
-
     def params(self, s: Setting) -> Mapping[str, Param]:
         return {"w": Param((self.dim, s.width), kaiming), "z": Param((len(s.labels), self.dim), zeros)}
-
-    def constants(self, s: Setting) -> Mapping[str, Tensor]:
-        return constants(self.words, s)
-
-    def texts(self, s: Setting) -> Sequence[str]:
-        return []
 
     def observed(self, w: Weights, s: Setting, at: AtMask) -> Tensor:
         return pooled(at)
@@ -85,24 +72,13 @@ class ProtoVerb(Verbalizer, Answers, Worded, Started, Trained):
         if not self.words:
             return without_prior(w, self._prototypes(w, at))
         words = of_classes(without_prior(w, scored(w, s, at)), w["member"], "arithmetic")
-        return (_standard(self._prototypes(w, at)) + _standard(words)) / 2
+        return (standardised(self._prototypes(w, at)) + standardised(words)) / 2
 
     def loss(self, w: Weights, s: Setting, at: AtMask, scores: Tensor, classes: Tensor) -> Tensor:
         v = normalize(self._embedded(w, at), dim=-1)  # [b, k]
-        return cross_entropy(self._prototypes(w, at), classes) + self._between(v, classes)
-
-    def _between(self, v: Tensor, classes: Tensor) -> Tensor:
-        """The contrast between examples [b, k]; 0 where no two are of one class."""
-        itself = torch.eye(len(v), dtype=torch.bool, device=v.device)
-        alike = classes[:, None] == classes
-        sims = self._scale * (v @ v.mT)
-        if not self.legacy:
-            alike, sims = alike & ~itself, sims.masked_fill(itself, -torch.inf)
-        have = alike.any(-1)
-        if not have.any():
-            return v.sum() * 0.0
-        log_p = sims.log_softmax(-1).masked_fill(~alike, 0.0)
-        return -(log_p.sum(-1)[have] / alike.sum(-1)[have]).mean()
+        return cross_entropy(self._prototypes(w, at), classes) + contrast(
+            v, classes, self._scale, with_itself=self.legacy
+        )
 
     @property
     def _scale(self) -> float:
@@ -115,8 +91,3 @@ class ProtoVerb(Verbalizer, Answers, Worded, Started, Trained):
 
     def _prototypes(self, w: Weights, at: AtMask) -> Tensor:
         return self._scale * cosine(w["z"], self._embedded(w, at))
-
-
-def _standard(scores: Tensor) -> Tensor:
-    """Mean 0 and standard deviation 1 over the classes of each row."""
-    return (scores - scores.mean(-1, keepdim=True)) / scores.std(-1, keepdim=True).clamp(min=1e-6)

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from deltaprompt.params import Param, Weights, normal, zeros
 from deltaprompt.types import AtMask
-from deltaprompt.verbalizers._base import Answers, Setting, Verbalizer, Worded, pooled, without_prior
-from deltaprompt.verbalizers._words import answer_lengths, constants, of_classes, scored, units
+from deltaprompt.verbalizers._base import Setting, Verbalizer, pooled, without_prior
+from deltaprompt.verbalizers._words import Wordable, of_classes, scored
 
 
 @dataclass(frozen=True)
-class SoftVerbalizer(Verbalizer, Answers, Worded):
+class SoftVerbalizer(Wordable, Verbalizer):
     """A learned linear head on the state where the answer is read: c · (d + 1) parameters.
 
     Args:
@@ -28,18 +28,9 @@ class SoftVerbalizer(Verbalizer, Answers, Worded):
     init_std: float = 0.02
     words: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
 
-    def answer_lengths(self, s: Setting) -> tuple[int, ...]:
-        return answer_lengths(self.words, s)
-
-    def units(self, s: Setting) -> int:
-        return units(self.words, s)
-
     def params(self, s: Setting) -> Mapping[str, Param]:
         classes, init = len(s.labels), zeros if self.words else normal(self.init_std)
         return {"weight": Param((classes, s.width), init), "bias": Param((classes,), zeros)}
-
-    def constants(self, s: Setting) -> Mapping[str, Tensor]:
-        return constants(self.words, s)
 
     def word_scores(self, w: Weights, s: Setting, at: AtMask) -> Tensor:
         return scored(w, s, at) if self.words else self._linear(w, at)
