@@ -208,25 +208,44 @@ def probed(encoder: Backbone, data: Data, shots: int, test: Sequence[dp.Example]
 
 
 def cells(
-    names: Sequence[str], shots: Sequence[int], limit: int, done: Mapping[str, object]
+    backbone: Backbone,
+    encoder: Backbone,
+    names: Sequence[str],
+    shots: Sequence[int],
+    limit: int,
+    done: Mapping[str, object],
 ) -> Iterator[dict[str, object]]:
     """What is not done yet, measured one by one."""
-    backbone = dp.load("demo", kind="masked", device="cpu")
-    encoder = dp.load("demo", kind="encoder", device="cpu")
     for data in (d for d in SETS if d.name in names):
         data = replace(data, order=data.order or tuple(data.words))
         test = data.rows("test", limit)
         for k in shots:
             for method in (m for m in METHODS if k or m.zero):
                 if f"{data.name}/{method.name}/{k}" not in done:
-                    yield told(data, method.name, k, accuracies(backbone, data, method, k, test))
+                    yield told(data, method.name, k, limit, backbone, accuracies(backbone, data, method, k, test))
             if k and f"{data.name}/frozen probe/{k}" not in done:
-                yield told(data, "frozen probe", k, probed(encoder, data, k, test))
+                yield told(data, "frozen probe", k, limit, encoder, probed(encoder, data, k, test))
 
 
-def told(data: Data, method: str, shots: int, each: Sequence[float]) -> dict[str, object]:
-    """A cell as JSON."""
-    return {"key": f"{data.name}/{method}/{shots}", "data": data.name, "method": method, "shots": shots, "each": each}
+def told(
+    data: Data, method: str, shots: int, limit: int, backbone: Backbone, each: Sequence[float]
+) -> dict[str, object]:
+    """A cell as JSON, with what it was measured on."""
+    key, asked = f"{data.name}/{method}/{shots}", {"data": data.name, "method": method, "shots": shots}
+    return {"key": key, **asked, "test": limit, "backbone": backbone.fingerprint, "each": each}
+
+
+def known(path: Path, limit: int, backbones: Sequence[Backbone]) -> dict[str, dict[str, object]]:
+    """The cells in a file that were measured on so many test rows with these backbones."""
+    found, prints = dict[str, dict[str, object]](), [backbone.fingerprint for backbone in backbones]
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            cell = json.loads(line)
+        except json.JSONDecodeError:  # the line at which a run was killed
+            continue
+        if cell["test"] == limit and cell["backbone"] in prints:
+            found[cell["key"]] = cell
+    return found
 
 
 def table(found: Mapping[str, Mapping[str, object]], names: Sequence[str], shots: Sequence[int]) -> str:
@@ -256,12 +275,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/prompt_methods.jsonl"))
     asked = parser.parse_args()
     names, shots = asked.data.split(","), [int(k) for k in asked.shots.split(",")]
-    lines = asked.out.read_text().splitlines() if asked.out.exists() else []
-    found = {cell["key"]: cell for cell in map(json.loads, lines)}
+    backbone, encoder = (dp.load("demo", kind=kind, device="cpu") for kind in ("masked", "encoder"))
+    found = known(asked.out, asked.test, (backbone, encoder))
     asked.out.parent.mkdir(parents=True, exist_ok=True)
-    for cell in cells(names, shots, asked.test, found):
+    for cell in cells(backbone, encoder, names, shots, asked.test, found):
         with asked.out.open("a") as file:
-            file.write(json.dumps(cell) + "\n")
+            file.write("\n" * bool(file.tell()) + json.dumps(cell))  # a line that was cut off stays one by itself
         found[str(cell["key"])] = cell
         print(cell["key"], shown(cell), flush=True)
     print(table(found, names, shots))

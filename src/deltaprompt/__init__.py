@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from deltaprompt.backbone import Backbone, load
+    from deltaprompt.calibrations.batch import BatchCalibration
     from deltaprompt.calibrations.contextual import Contextual
     from deltaprompt.calibrations.contextualised import Contextualised
     from deltaprompt.calibrations.domain_pmi import DomainPMI
@@ -49,6 +50,7 @@ __all__ = [
     "Adapter",
     "Automatic",
     "Backbone",
+    "BatchCalibration",
     "BitFit",
     "Chat",
     "Contextual",
@@ -100,6 +102,7 @@ __all__ = [
 
 _WHERE = {
     "Backbone": "backbone",
+    "BatchCalibration": "calibrations.batch",
     "DeltaPromptError": "errors",
     "Chat": "model.generation",
     "Example": "types",

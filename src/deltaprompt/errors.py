@@ -38,6 +38,12 @@ class TrainingError(DeltaPromptError):
     """Training cannot go on (a non-finite loss, memory used up); the best so far is kept."""
 
 
+def check_one_of(what: str, given: object, possible: Iterable[object]) -> None:
+    """Raises where an option has none of its possible values."""
+    if given not in (known := list(possible)):
+        raise ConfigError(f"{what} = {given!r} is not possible; possible: {', '.join(map(str, known))}")
+
+
 def nearest(name: str, possible: Iterable[str], limit: int = 8) -> str:
     """`"; did you mean 'a' or 'b'?"` from the close names, else `"; possible: …"` with the first `limit`."""
     known = [str(p) for p in possible]

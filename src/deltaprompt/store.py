@@ -219,6 +219,13 @@ def _make(folder: Path) -> None:
         _sync(path.parent)
 
 
+def write_text(path: Path, text: str) -> None:
+    """A file in place of the old one; it is whole, or not there."""
+    part = path.with_name(f".{path.name}.{token_hex(4)}")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
 def _replace(folder: Path, files: Mapping[str, bytes]) -> None:
     """New files in place of the old ones, all or none."""
     _clear(folder)

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from deltaprompt.backbone import load
-from deltaprompt.calibrations.batch import Batch
+from deltaprompt.calibrations.batch import BatchCalibration
 from deltaprompt.calibrations.contextual import Contextual
 from deltaprompt.calibrations.contextualised import Contextualised
 from deltaprompt.calibrations.domain_pmi import DomainPMI
@@ -121,7 +121,8 @@ def test_a_prior_is_taken_from_every_distinct_word(folder, family):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("mean", ["geometric", "arithmetic"])
 @pytest.mark.parametrize(
-    "calibration", [None, Contextual(("no", "not")), Contextualised(size=2), DomainPMI("it is {mask}"), Batch()]
+    "calibration",
+    [None, Contextual(("no", "not")), Contextualised(size=2), DomainPMI("it is {mask}"), BatchCalibration()],
 )
 def test_words_that_types_do_not_share_are_plain_label_words(folder, family, mean, calibration):
     a, b, c, d = of_length(family, (1, 2, 1, 3), template="{text} It is {mask}")

@@ -7,15 +7,17 @@ import pytest
 import torch
 
 from deltaprompt.backbone import load
-from deltaprompt.calibrations.batch import Batch
+from deltaprompt.calibrations.batch import BatchCalibration
 from deltaprompt.calibrations.contextual import Contextual
 from deltaprompt.calibrations.contextualised import Contextualised
 from deltaprompt.calibrations.domain_pmi import DomainPMI
 from deltaprompt.model import Model, Task
+from deltaprompt.registry import variant, variants
 from deltaprompt.types import Example
 from deltaprompt.verbalizers._base import Started
 from deltaprompt.verbalizers.automatic import Automatic
 from deltaprompt.verbalizers.dect import DecT
+from deltaprompt.verbalizers.hierarchical import Hierarchical
 from deltaprompt.verbalizers.knowledgeable import Knowledgeable
 from deltaprompt.verbalizers.label_descriptions import LabelDescriptions
 from deltaprompt.verbalizers.label_words import LabelWords
@@ -23,6 +25,7 @@ from deltaprompt.verbalizers.proto_verb import ProtoVerb
 from deltaprompt.verbalizers.prototypes import Prototypes
 from deltaprompt.verbalizers.rules import Rules
 from deltaprompt.verbalizers.soft import SoftVerbalizer
+from deltaprompt.verbalizers.written import Written
 from tests import backbones_zoo as zoo
 from tests.equivalence.test_scoring import brute
 
@@ -33,6 +36,7 @@ TWO = "{text} is {mask} , it was {mask}"
 TEXTS = ["good", "a good film and a great plot", "not", "the cat sat on the mat ; it was bad", "no", "a film"]
 EXAMPLES = [Example({"text": text}, LABELS[i % 3]) for i, text in enumerate(TEXTS)]
 SOME = [TEXTS[i] for i in (0, 1, 3, 4)]  # four of the six, evenly spaced
+WRITTEN = {"up": "a good film", "down": "bad", "so": "not the plot"}
 SENTENCES = {"up": "a good film", "down": "a bad film", "so": "maybe"}
 CALIBRATIONS = {
     "none": None,
@@ -40,7 +44,7 @@ CALIBRATIONS = {
     "contextualised": Contextualised(size=4),
     "probability": Contextualised(size=4, mean="probability"),
     "domain_pmi": DomainPMI("it was {mask}"),
-    "batch": Batch(),
+    "batch": BatchCalibration(),
 }
 OF_TEXTS = ("contextualised", "probability", "batch")
 
@@ -95,6 +99,8 @@ VERBALIZERS = {
     "bare_proto_verb": lambda words: ProtoVerb(dim=4),
     "prototypes": lambda words: Prototypes(),
     "label_descriptions": lambda words: LabelDescriptions(SENTENCES),
+    "hierarchical": lambda words: Hierarchical(words=words),
+    "written": lambda words: Written(WRITTEN),
     "rules": lambda words: Rules({"up": ("good", "bad"), "down": (("bad", "not"), "film"), "so": ("not", "film")}),
 }
 
@@ -113,7 +119,8 @@ def made(path, name, calibration):
         for i, (_, p) in enumerate(model.parts()):
             if p.requires_grad:
                 p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i), dtype=p.dtype))
-    model.calibrate(EXAMPLES if calibration in OF_TEXTS else ())
+    if given is not None:
+        model.calibrate(EXAMPLES if calibration in OF_TEXTS else ())
     return model
 
 
@@ -156,12 +163,6 @@ def cos(a, b):
     return float(a @ b / a.norm() / b.norm())
 
 
-def standard(values):
-    mean = sum(values) / len(values)
-    std = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
-    return [(v - mean) / std for v in values]
-
-
 class Reference:
     """A verbalizer by hand: the words' log-probabilities, and from them and a prior the classes' scores."""
 
@@ -177,7 +178,7 @@ class Reference:
         if self.name == "automatic":
             every = vocabulary(self.model, text, 0, features)
             return log_softmax([every[int(i)] for own in self.w["ids"] for i in own])
-        if not self.words or self.name == "rules":
+        if not self.words:
             return None
         return log_softmax([float(self.brute(text, word, features)) for _, word in self.words])
 
@@ -196,8 +197,12 @@ class Reference:
         if words is not None and prior is not None:
             words = log_softmax([a - b for a, b in zip(words, prior, strict=True)])
         h, w = state(self.model, text, features), self.w
-        if self.name in ("arithmetic", "geometric"):
-            return log_softmax([self.mean(words, c, self.name) for c in range(3)])
+        if self.name == "written":
+            texts = [WRITTEN[label] for label in LABELS]
+            return [float(self.brute(text, y, features)) / len(features.answer_ids(y)) for y in texts]
+        if self.name in ("arithmetic", "geometric", "hierarchical"):
+            how = "arithmetic" if self.name == "arithmetic" else "geometric"
+            return log_softmax([self.mean(words, c, how) for c in range(3)])
         if self.name == "automatic":
             return [log_mean(words[2 * c : 2 * c + 2]) for c in range(3)]
         if self.name == "knowledgeable":
@@ -216,7 +221,7 @@ class Reference:
             if words is None:
                 return own
             said = [self.mean(words, c, "arithmetic") for c in range(3)]
-            return [(a + b) / 2 for a, b in zip(standard(own), standard(said), strict=True)]
+            return [(a + b) / 2 for a, b in zip(log_softmax(own), log_softmax(said), strict=True)]
         x = v / v.norm()
         own = [float(r - (x - z).norm()) for r, z in zip(w["r"], w["z"], strict=True)]
         said = log_softmax([self.mean(words, c, "arithmetic") for c in range(3)]) if words else [0.0] * 3
@@ -272,12 +277,20 @@ class Reference:
         return [math.exp(v) for v in log_softmax(self.scores(text, self.features, prior))]
 
 
+def test_every_verbalizer_is_tried_here():
+    words = dict.fromkeys(LABELS, ("a",))
+    tried = {type(make(words)) for make in VERBALIZERS.values()}
+    assert tried == {variant("verbalizers", name) for name in variants("verbalizers")}
+
+
 @pytest.mark.parametrize("calibration", CALIBRATIONS)
 @pytest.mark.parametrize("name", VERBALIZERS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_class_probabilities_are_those_of_brute_force(folder, family, name, calibration):
     if name == "rules" and family != "bert":
         pytest.skip("rules read several masks, which a masked model has")
+    if name == "written" and family == "bert":
+        pytest.skip("a masked model does not go on with a text")
     model = made(str(folder / family), name, calibration)
     try:
         found = model.probabilities(EXAMPLES)

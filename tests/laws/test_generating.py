@@ -21,7 +21,7 @@ from deltaprompt.deltas.adapter import Adapter
 from deltaprompt.deltas.ln_tuning import LNTuning
 from deltaprompt.deltas.lora import LoRA
 from deltaprompt.deltas.soft_prompt import SoftPrompt
-from deltaprompt.errors import ConfigError
+from deltaprompt.errors import ConfigError, DataError
 from deltaprompt.features import Encoded
 from deltaprompt.features.conversation import pack
 from deltaprompt.model import generator as module
@@ -461,6 +461,25 @@ def test_the_loss_is_on_exactly_what_the_assistant_says_and_its_end(seed, templa
     ids = [*row.variants[0].ids, row.targets[-1]]
     assert ids == whole[: len(ids)]
     assert model.backbone.tokenizer.decode(whole[len(ids) :]) == "\n"
+
+
+def test_a_template_that_marks_its_generation_may_rewrite_earlier_turns():
+    """As models drop what an earlier turn thought."""
+    short = GENERATING.replace("{{ m.content }}", "{{ m.content.split('think ')[-1] }}")
+    model = chatting(template=short)
+    turns = ("a", "great think was good", "what (", "no")
+    messages = [Message(("user", "assistant")[i % 2], text) for i, text in enumerate(turns)]
+    (row,) = model.writing.prompts([Example({}, messages=tuple(messages))])
+    want = model.backbone.tokenizer.apply_chat_template(
+        [m._asdict() for m in messages[:-1]], tokenize=False, add_generation_prompt=True
+    )
+    assert model.backbone.tokenizer.decode(row.variants[0].ids) == want
+    assert model.generate([Example({}, messages=tuple(messages))], max_new_tokens=2)
+
+
+def test_a_conversation_that_asks_nothing_is_said():
+    with pytest.raises(DataError, match="example 1 has an answer of the assistant's and nothing before it"):
+        chatting().generate([Example({}, messages=(Message("assistant", "a"),))])
 
 
 def test_both_ways_to_the_assistants_part_give_the_same_rows():

@@ -45,7 +45,7 @@ def test_b5_scores_do_not_depend_on_whether_labels_are_there() -> None:
 
 def test_b6_a_knowledgeable_verbalizer_takes_its_words() -> None:
     words = {"up": ("good", "great"), "down": ("bad", "a film"), "so": ("not",)}
-    model = adapt(zoo.build("bert"), Task(TEMPLATE, LABELS, Knowledgeable(words, longest=3)))
+    model = adapt(zoo.build("bert"), Task(TEMPLATE, LABELS, Knowledgeable(words, 3, frequency=0.0, relevance=False)))
     assert_close(model.probabilities(ROWS).sum(-1), torch.ones(len(ROWS)))
     assert build("verbalizers", "knowledgeable", {"words": words}) == Knowledgeable(words)
 

@@ -1,11 +1,13 @@
 """Calibrations: content-free texts become uniform, priors are kept, and what is missing is said."""
 
+import re
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from deltaprompt.calibrations._base import spread
-from deltaprompt.calibrations.batch import Batch
+from deltaprompt.calibrations.batch import BatchCalibration
 from deltaprompt.calibrations.contextual import Contextual
 from deltaprompt.calibrations.contextualised import Contextualised
 from deltaprompt.calibrations.domain_pmi import DomainPMI
@@ -26,7 +28,7 @@ TEMPLATE = "{text} It was {mask}"
 TEXTS = ["good", "a good film and a great plot", "not", "the cat sat on the mat", "no", "a film"]
 EXAMPLES = [Example({"text": text}, LABELS[i % 3]) for i, text in enumerate(TEXTS)]
 EACH = {"contextual": Contextual(), "contextualised": Contextualised(), "domain_pmi": DomainPMI("it was {mask}")}
-EACH |= {"batch": Batch()}
+EACH |= {"batch": BatchCalibration()}
 UNIFORM = torch.full((1, 3), 1 / 3)
 
 
@@ -62,7 +64,7 @@ def test_a_batch_s_mean_becomes_uniform_after_one_step_of_its_correction():
     model = adapt(backbone, task(None))
     plain = model.probabilities(EXAMPLES)
     model.adapted.remove()
-    model = adapt(backbone, task(Batch()))
+    model = adapt(backbone, task(BatchCalibration()))
     model.calibrate(EXAMPLES)
     ratio = plain / plain.mean(0)
     assert_close(model.probabilities(EXAMPLES), ratio / ratio.sum(-1, keepdim=True), atol=1e-6, rtol=0)
@@ -116,12 +118,59 @@ def test_bad_options_are_said():
     with pytest.raises(ConfigError, match="size >= 1"):
         Contextualised(size=0)
     with pytest.raises(ConfigError, match="size >= 1"):
-        Batch(size=0)
-    with pytest.raises(ConfigError, match="needs a content-free text"):
+        BatchCalibration(size=0)
+    with pytest.raises(ConfigError, match="needs content-free texts"):
         Contextual(())
+    with pytest.raises(ConfigError, match="needs content-free texts, such as .* got 'N/A'"):
+        Contextual("N/A")
 
 
 def test_texts_are_taken_evenly_spaced():
     texts = [Example({"text": str(i)}) for i in range(10)]
     assert [e.fields["text"] for e in spread(texts, 4)] == ["0", "2", "5", "7"]
     assert spread(texts, 12) == texts
+
+
+@pytest.mark.parametrize(
+    ("template", "domain", "message"),
+    [
+        (TEMPLATE, "it was {mask} {mask}", "has 2 masks, and the task's template 1; give as many"),
+        (TEMPLATE, "{soft:3} it was {mask}", "a domain is text and {mask}, got {soft:3}"),
+        (TEMPLATE, "{prefix:3} it was {mask}", "a domain is text and {mask}, got {prefix:3}"),
+    ],
+)
+def test_a_domain_that_does_not_fit_the_task_is_refused(template, domain, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        adapt(zoo.build("bert"), Task(template, LABELS, LabelWords(WORDS), calibration=DomainPMI(domain)))
+
+
+def test_a_prior_is_of_a_start_and_of_a_prompt():
+    model = adapt(zoo.build("bert"), task(BatchCalibration(), Prototypes()))
+    with pytest.raises(ConfigError, match="has no start yet"):
+        model.calibrate(EXAMPLES)
+    model.start(EXAMPLES)
+    model.calibrate(EXAMPLES)
+    before = model.probabilities(EXAMPLES)
+    model.start(EXAMPLES[:3])
+    with pytest.raises(ConfigError, match="has not been measured"):
+        model.probabilities(EXAMPLES)
+    model.start(EXAMPLES)
+    model.calibrate(EXAMPLES)
+    assert torch.equal(model.probabilities(EXAMPLES), before)
+
+
+def test_other_demonstrations_need_another_prior():
+    shown = Task("{demos:2}{text} so {mask}\n", LABELS, LabelWords(WORDS), calibration=Contextualised())
+    model = Model(zoo.build("gpt2"), shown, [])
+    model.demonstrate(EXAMPLES)
+    model.calibrate(EXAMPLES)
+    model.probabilities(EXAMPLES)
+    model.demonstrate(EXAMPLES, seed=1)
+    with pytest.raises(ConfigError, match="has not been measured"):
+        model.probabilities(EXAMPLES)
+
+
+def test_calibrating_a_task_without_calibration_is_said():
+    model = adapt(zoo.build("bert"), task(None))
+    with pytest.raises(ConfigError, match="this task has no calibration; give it one"):
+        model.calibrate(EXAMPLES)

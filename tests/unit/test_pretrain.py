@@ -867,3 +867,29 @@ def test_a_folder_of_a_newer_version_or_damaged(tmp_path: Path) -> None:
     (tmp_path / RECORD).write_text("{")
     with pytest.raises(ConfigError, match="is damaged"):
         one_run(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"head_learning_rate": 3e-3}, "head_learning_rate is of a head that trains; give head = true"),
+        ({"objective": "masked", "span": 3.0}, "span = 3.0 is the length of spans; leave it out of the masked"),
+    ],
+)
+def test_options_that_nothing_would_be_done_with(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Pretraining(**options)
+
+
+def test_options_are_checked_for_the_objective_that_a_backbone_tells() -> None:
+    with pytest.raises(ConfigError, match="rate = 0.9 is for masked tokens and spans"):
+        objective_of(fresh("causal"), Pretraining(rate=0.9, length=16))
+
+
+def test_dev_texts_that_could_not_be_measured_by_are_said(tmp_path: Path) -> None:
+    p, backbone = Pretraining(length=16, batch_size=1, steps=1), fresh("causal")
+    (tmp_path / "dev.txt").write_text("a")
+    with pytest.raises(DataError, match=r"dev.txt has .* tokens to measure by, and a row has"):
+        trained(backbone, p, dev=[Texts(str(tmp_path / "dev.txt"))])
+    with pytest.raises(ConfigError, match=r"dev.txt is all to measure by .* leave hold_out out"):
+        trained(backbone, p, dev=[Texts(str(tmp_path / "dev.txt"), hold_out=2)])

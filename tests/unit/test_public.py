@@ -31,6 +31,7 @@ def test_the_public_names():
         "Adapter",
         "Automatic",
         "Backbone",
+        "BatchCalibration",
         "BitFit",
         "Chat",
         "Contextual",

@@ -33,12 +33,13 @@ from deltaprompt.search._lexicon import LEXICON
 from deltaprompt.search._null import best_of, calls, first_right, needed, permuted, success, within
 from deltaprompt.search._pool import Pool
 from deltaprompt.search._result import Table, mixed
-from deltaprompt.search._shape import Shape, usual_shapes, written_out
+from deltaprompt.search._shape import Shape, usual_shapes, written, written_out
 from deltaprompt.search.label_words import assignments
 from deltaprompt.templates import parse
 from deltaprompt.types import Example
 from deltaprompt.verbalizers.soft import SoftVerbalizer
 from tests import backbones_zoo as zoo
+from tests.command import fails, last_json, run
 
 ROOT = Path(__file__).parents[2]
 TASK = dp.Task("{text} It was {mask}.", {"pos": "good", "neg": "bad"})
@@ -195,6 +196,7 @@ def test_the_usual_pool_is_as_large_as_the_papers_and_every_template_of_it_parse
         ((), {}, "there are no shapes to draw templates from; give one, such as '{text} <noun>: {mask}.'"),
         (("<nown> {mask}",), {"noun": ("a",)}, "has <nown>, and there are no words of that part; did you mean 'noun'?"),
         (("<a> {mask}",), {"a": ()}, "the part of speech 'a' has no words; give some, or leave it out"),
+        (("<a> {mask}",) * 2, {"a": ("x",)}, "the shape '<a> {mask}' is there twice; give it once"),
         (("<a> {mask}",), {"a": ("x", "x")}, "the part of speech 'a' has the word 'x' twice; give it once"),
     ],
 )
@@ -862,12 +864,8 @@ def place(tmp_path: Path, monkeypatch) -> Path:
 
 
 def command(place: Path, table: str, *arguments: str) -> Any:
-    from typer.testing import CliRunner
-
-    from deltaprompt.cli import app
-
     (place / "recipe.toml").write_text(RECIPE.format(model=place / "tiny", search=table))
-    return CliRunner().invoke(app, ["search", "recipe.toml", *arguments])
+    return run("search", "recipe.toml", *arguments)
 
 
 @pytest.mark.parametrize("table", [LOTTERY, WORDS, TUNED, WRITTEN], ids=["lottery", "words", "tuned", "templates"])
@@ -928,6 +926,7 @@ def test_a_recipe_is_run_from_one_line(place: Path, table: str) -> None:
         (LOTTERY, ("--generator", "x"), "[generator] writes templates, and this search is lottery; leave it out"),
         (LOTTERY, ("--resume",), "--resume needs --out, the folder of the search that was broken off"),
         (LOTTERY, ("--test", "tset.jsonl"), "there is no file of test rows 'tset.jsonl'; mend test in [data]"),
+        (LOTTERY + "\n[grid]\nlearning_rate = [1e-3]", (), "leave [grid], [generation], [chat] and [pairs] out"),
         (LOTTERY, ("--shots", "6"), "shots=6 needs 7 of each class, one of them for dev"),
     ],
 )
@@ -938,6 +937,34 @@ def test_what_is_wrong_with_a_recipe_is_one_line(
     assert done.exit_code == 2, done.output
     assert message in done.stderr
     assert "Traceback" not in done.output
+
+
+def test_a_share_of_the_file_is_kept_from_the_search_and_measured_on(place: Path) -> None:
+    text = RECIPE.replace('test = "test.jsonl"', "test_share = 0.3").replace("shots = 3", "shots = 2")
+    (place / "recipe.toml").write_text(text.format(model=place / "tiny", search=LOTTERY))
+    done = run("search", "recipe.toml", "--json")
+    assert done.exit_code == 0, done.output
+    found = last_json(done)
+    assert [each["looked_at"]["test"]["rows"].split()[0] for each in found["runs"]] == ["4", "4"]
+
+
+def test_data_that_a_search_has_no_use_for_is_said(place: Path) -> None:
+    text = RECIPE.replace('test = "test.jsonl"', 'unlabelled = "test.jsonl"')
+    (place / "recipe.toml").write_text(text.format(model=place / "tiny", search=LOTTERY))
+    assert "unlabelled in [data] is not for a search; leave it out" in fails("search", "recipe.toml")
+
+
+def test_draws_are_averaged_over_those_that_have_an_answer() -> None:
+    several = search.lottery(zoo.build("bert"), TASK, TRAIN, DEV, options=SMALL)
+    alone = replace(several, answers=several.answers[:2])
+    draws = search.Draws((alone, several))
+    assert [answer["name"] for answer in draws.as_json()["answers"]] == ["baseline", "chosen", "ensemble"]
+    assert len(draws.as_json()["answers"][2]["dev"]["accuracy"]["each"]) == 1
+    assert "| ensemble |" in draws.markdown()
+
+
+def test_literal_braces_reach_the_generator_as_they_are() -> None:
+    assert written(parse("a }} {{b").pieces[0], Example({})) == "a } {b"
 
 
 def test_the_test_file_is_read_after_the_last_seed_has_chosen(place: Path, monkeypatch) -> None:

@@ -1,20 +1,28 @@
 """Single verbalizers on planted numbers: what is chosen, what is dropped, and their losses by loops."""
 
 import math
+import re
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.testing import assert_close
 
+from deltaprompt.backbone.load import wrap
 from deltaprompt.errors import ConfigError
 from deltaprompt.model import Model, Task, adapt
+from deltaprompt.model.starting import looked_at
 from deltaprompt.params import Weights
 from deltaprompt.types import AtMask, Example
 from deltaprompt.verbalizers._base import Setting
 from deltaprompt.verbalizers._relevance import relevant
 from deltaprompt.verbalizers.automatic import Automatic
+from deltaprompt.verbalizers.hierarchical import Hierarchical
 from deltaprompt.verbalizers.knowledgeable import Knowledgeable
+from deltaprompt.verbalizers.label_descriptions import LabelDescriptions
+from deltaprompt.verbalizers.label_words import LabelWords
 from deltaprompt.verbalizers.proto_verb import ProtoVerb
+from deltaprompt.verbalizers.prototypes import Prototypes
 from deltaprompt.verbalizers.rules import Rules
 from tests import backbones_zoo as zoo
 
@@ -53,11 +61,37 @@ def test_relevance_is_the_paper_s_by_a_loop():
         assert bool(found[v]) == (own > 0 and own * 2 >= sum(r))
 
 
-def test_the_released_code_keeps_one_share_of_all_classes():
+def test_the_released_code_keeps_the_share_where_relevance_is_nearest_to_one():
     words = torch.randn(30, 8, generator=torch.Generator().manual_seed(1))
     member = torch.tensor([[1, 1, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1, 1]]).bool()
     found = relevant(words, member, torch.tensor([0, 4]), torch.ones(8, dtype=torch.bool), legacy=True)
-    assert int(found[:4].sum()) == int(found[4:].sum()) > 0
+    centred, scores = words - words.mean(0), {}
+    for v in range(8):
+        r = [max(0.0, float(torch.cosine_similarity(centred[:, v], centred[:, n], dim=0))) for n in (0, 4)]
+        own, other = r if v < 4 else r[::-1]
+        scores[v] = own / other if other else math.inf  # a power mean of one is itself
+        if not own:
+            del scores[v]  # goes against its own class
+    assert len(scores) < 8
+    orders = [sorted((v for v in scores if v in of), key=lambda v: -scores[v]) for of in (range(4), range(4, 8))]
+    counts = lambda share: [max(1, round(share * len(order))) for order in orders]  # noqa: E731
+    miss = lambda share: sum(  # noqa: E731
+        (min(scores[order[n - 1]], 10) - 1) ** 2 for order, n in zip(orders, counts(share), strict=True)
+    )
+    best = min((i / 100 for i in range(1, 101)), key=miss)
+    kept = {v for order, n in zip(orders, counts(best), strict=True) for v in order[:n]}
+    assert {v for v in range(8) if found[v]} == kept
+
+
+def test_a_name_that_is_too_long_and_too_few_texts_are_said():
+    words = {"up": ("a good film", "great"), "down": ("bad",), "so": ("not",)}
+    with pytest.raises(ConfigError, match="the name of 'up', its first word, has 3 tokens; raise longest"):
+        adapt(zoo.build("bert"), Task("{text} It was {mask}", LABELS, Knowledgeable(words)))
+    model = adapt(zoo.build("bert"), Task("{text} It was {mask}", LABELS, Knowledgeable(words, longest=3)))
+    with pytest.raises(ConfigError, match="has no start yet"):
+        model.predict(["a film"])
+    with pytest.raises(ConfigError, match="refined by what a model says to texts, and got 1"):
+        model.start([Example({"text": "a film"})])
 
 
 def test_relevance_is_not_asked_of_words_that_are_out_already():
@@ -73,7 +107,6 @@ def test_words_with_a_rare_token_are_dropped_and_names_are_not():
     ids = model.scorer.get_buffer("ids")[:, 0]
     every = torch.zeros(2, model.backbone.vocabulary)
     every[:, ids] = torch.tensor([-9.0, -1.0, -9.0, -9.0, -1.0, -1.0])  # good, bad and film are the rarest tokens
-    support = torch.cat([torch.zeros(2, len(ids)), every], 1)
     every[:, [i for i in range(every.shape[1]) if i not in ids.tolist()]] = -5.0
     support = torch.cat([torch.zeros(2, len(ids)), every], 1)
     start = model.verbalizer.start(model.scorer.slot(0), model.scorer.setting, every, support, torch.tensor([-1, -1]))
@@ -82,7 +115,9 @@ def test_words_with_a_rare_token_are_dropped_and_names_are_not():
 
 def test_words_learn_their_weights():
     words = {"up": ("good", "great"), "down": ("bad", "film"), "so": ("not", "cat")}
-    model = adapt(zoo.build("bert"), Task("{text} It was {mask}", LABELS, Knowledgeable(words, frequency=0.0)))
+    model = adapt(
+        zoo.build("bert"), Task("{text} It was {mask}", LABELS, Knowledgeable(words, frequency=0.0, relevance=False))
+    )
     assert model.parameter_count() == 6
     batch = model.features.collate(model.encode([Example({"text": "a film"}, "up")]))
     model(batch)["loss"].backward()
@@ -160,7 +195,8 @@ def test_the_contrast_is_that_of_a_loop(legacy):
         total = sum(math.exp(cos(v[i], v[j])) for j in others)
         own = [-math.log(math.exp(cos(v[i], v[j])) / total) for j in others if classes[j] == c]
         pairs += [sum(own) / len(own)] if own else []
-    assert_close(float(got), sum(proto) / len(proto) + sum(pairs) / len(pairs), atol=1e-9, rtol=0)
+    want = sum(proto) / len(proto) + sum(pairs) / len(pairs)
+    assert_close(float(got), want / 3 if legacy else want, atol=1e-9, rtol=0)
 
 
 def test_separable_features_are_told_apart_at_once():
@@ -211,3 +247,93 @@ def test_bad_rules_are_said():
             adapt(backbone, Task(template, LABELS, Rules(rules)))
     with pytest.raises(ConfigError, match="needs a masked model; this one is causal"):
         adapt(zoo.build("gpt2"), Task("{text} It was {mask}", LABELS, Rules({k: (v[0],) for k, v in good.items()})))
+
+
+def test_of_two_classes_prototypes_and_words_both_count():
+    """A standardised score of two classes is only a sign, and two signs would mostly tie."""
+    words = {"up": "good", "down": "bad"}
+    model = adapt(zoo.build("bert"), Task("{text} It was {mask}", ["up", "down"], ProtoVerb(dim=4, words=words)))
+    rows = [
+        Example({"text": text}, "up" if i % 2 else "down") for i, text in enumerate(("good", "not", "a film", "no"))
+    ]
+    model.start(rows)
+    both = model.probabilities(rows)
+    own = replace(model.verbalizer, words={})
+    model.adapted.remove()
+    alone = adapt(zoo.build("bert"), Task("{text} It was {mask}", ["up", "down"], own))
+    with torch.no_grad():
+        for name in ("w", "z"):
+            alone.scorer.tensors[name].copy_(model.scorer.tensors[name])
+    by_words = adapt(zoo.build("bert"), Task("{text} It was {mask}", ["up", "down"], LabelWords(words)))
+    want = ((alone.probabilities(rows).log() + by_words.probabilities(rows).log()) / 2).softmax(-1)
+    assert_close(both, want, atol=1e-5, rtol=0)
+    assert len({round(float(p), 4) for p in both[:, 0]}) == len(rows)
+
+
+def test_words_that_are_the_same_to_the_vocabulary_count_once():
+    models = [
+        adapt(zoo.build("bert"), Task("{text} It was {mask}", ["up", "down"], LabelWords({"up": own, "down": "bad"})))
+        for own in (("good", "Good", "great"), ("good", "great"))
+    ]
+    assert torch.equal(*(model.probabilities([Example({"text": "a film"})]) for model in models))
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda: LabelWords({"up": "good"}, mean="median"), "mean = 'median' is not possible; possible: arithmetic"),
+        (lambda: Knowledgeable({"up": "good"}, mean="median"), "mean = 'median'"),
+        (lambda: Automatic(mean="median"), "mean = 'median'"),
+        (lambda: Automatic(score="ratios"), "score = 'ratios' is not possible; possible: ratio, likelihood"),
+        (lambda: Hierarchical(of="leafs"), "of = 'leafs' is not possible; possible: path, leaf"),
+        (
+            lambda: Rules({"up": "good", "down": "bad"}),
+            "the rule of 'up' is one text, 'good'; write what stands at each mask",
+        ),
+        (lambda: Prototypes(scale=0), "prototypes: got scale=0; scale > 0"),
+        (lambda: Prototypes(scale=math.nan), "got scale=nan"),
+        (lambda: LabelDescriptions({"up": "good"}, scale=-1), "label_descriptions: got scale=-1"),
+        (lambda: Task("{text}", "ab"), "labels are names, each a text, in a list or a mapping; got 'ab'"),
+        (lambda: Task("{text}", {0: "bad", 1: "good"}), "labels are names, each a text"),
+    ],
+)
+def test_impossible_options_are_said(made, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        made()
+
+
+def test_an_empty_word_is_said_with_its_label():
+    with pytest.raises(ConfigError, match="a word of label 'up' is empty"):
+        adapt(zoo.build("bert"), Task("{text} It was {mask}", {"up": ("good", " "), "down": "bad"}))
+
+
+def test_types_with_the_same_words_in_another_order_are_refused():
+    with pytest.raises(ConfigError, match="'good_film' and 'film_good' have the same words"):
+        adapt(zoo.build("bert"), Task("{text} It was {mask}", ["good_film", "film_good"], Hierarchical()))
+
+
+def test_rules_write_a_word_as_it_stands_at_its_own_mask():
+    rules = {"up": ("it", "a"), "down": ("a", "it")}
+    model = adapt(zoo.build("roberta"), Task("{text} is {mask}({mask})", ["up", "down"], Rules(rules)))
+    first, second = [set(model.scorer.get_buffer(f"ids_{m}").tolist()) for m in (0, 1)]
+    told = [sorted(model.backbone.tokenizer.decode([i]) for i in ids) for ids in (first, second)]
+    assert told == [[" a", " it"], ["a", "it"]]
+
+
+def test_a_start_looks_at_no_more_than_it_says(monkeypatch):
+    rows = [Example({"text": f"{i}"}, "up" if i < 30 else "down") for i in range(40)]
+    monkeypatch.setattr(Automatic, "most", 10)
+    some = looked_at(Automatic(), rows, [])
+    assert [sum(row.label == label for row in some) for label in ("up", "down")] == [5, 5]
+    assert looked_at(Prototypes(), rows, rows) == rows
+    assert looked_at(LabelDescriptions({"up": "good"}), rows, rows) == []
+    monkeypatch.setattr(Knowledgeable, "most", 20)
+    assert len(looked_at(Knowledgeable({"up": "good"}), rows, rows)) == 20
+
+
+def test_an_empty_text_has_a_state_also_where_no_special_token_stands():
+    gpt2 = zoo.build("gpt2")
+    encoder = wrap(gpt2.model.transformer, gpt2.tokenizer, kind="encoder")
+    model = adapt(encoder, Task("{text}", ["up", "down"], Prototypes()))
+    model.start([Example({"text": "good"}, "up"), Example({"text": "bad"}, "down")])
+    assert torch.isfinite(model.probabilities([Example({"text": ""})])).all()

@@ -14,7 +14,7 @@ from deltaprompt.types import Example
 
 
 @dataclass(frozen=True)
-class Batch(Calibration):
+class BatchCalibration(Calibration):
     """The mean of the class probabilities of texts like those to be labelled; give it these, where they are at hand.
 
     Args:

@@ -18,7 +18,8 @@ class Contextual(Calibration):
     """What the model answers to a text without content, in every field of the template; needs no data.
 
     Args:
-        texts: content-free ones. With one, its answer becomes exactly uniform; with several, that of their mean does.
+        texts: content-free ones. With one, its answer becomes exactly uniform; with several, that of their mean does;
+            on the model as it was when this was measured, which `fit` does before it trains.
     """
 
     texts: tuple[str, ...] = ("N/A",)
@@ -26,8 +27,9 @@ class Contextual(Calibration):
     needs_texts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not self.texts:
-            raise ConfigError('contextual calibration needs a content-free text; for example texts=("N/A",)')
+        given: object = self.texts
+        if not given or isinstance(given, str):
+            raise ConfigError(f'contextual calibration needs content-free texts, such as ("N/A",); got {given!r}')
 
     def template(self) -> str | None:
         return None

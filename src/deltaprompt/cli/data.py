@@ -55,6 +55,13 @@ def apart(
     return split(train, asked.test_share, 0)
 
 
+def refuse(asked: DataTable, keys: Sequence[str], where: str) -> None:
+    """Raises where the data's table has a key that nothing would be done with."""
+    for key in keys:
+        if vars(asked)[key] != vars(DataTable())[key]:
+            raise ConfigError(f"{key} in [data] is not for {where}; leave it out")
+
+
 class Deal:
     """The training and dev examples of each seed."""
 

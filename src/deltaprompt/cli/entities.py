@@ -62,7 +62,7 @@ def shown_of(told: Mapping[str, Any]) -> dict[str, str]:
 
 def fit(recipe: Recipe, linked: Linked, backbone: Backbone, resume: bool) -> SeedsResult:
     """Trains on pairs of mentions without labels, and measures on test."""
-    from deltaprompt.cli.data import fields_of, names_of, rows
+    from deltaprompt.cli.data import fields_of, names_of, refuse, rows
     from deltaprompt.cli.fit import told
     from deltaprompt.cli.task import deltas_for, task_for
     from deltaprompt.model import Model
@@ -72,6 +72,7 @@ def fit(recipe: Recipe, linked: Linked, backbone: Backbone, resume: bool) -> See
     asked, fields = recipe.data, fields_of(recipe)
     if recipe.grid.axes or recipe.shots is not None:
         raise ConfigError("[pairs] trains without labels; leave [grid] and shots out")
+    refuse(asked, ("dev", "test_share", "hold_out"), "[pairs], of which its own held_out are kept to choose by")
     if not asked_for(fields):
         raise ConfigError(
             "[pairs] are of entity rows; give [task] a template with the fields {left}, {mention} and {right}"

@@ -152,7 +152,7 @@ def _run(recipe: Recipe, resume: bool) -> SeedsResult | GridResult:
     if recipe.generation is not None:
         return writing.run(recipe, recipe.generation, resume)
     if recipe.pairs is not None:
-        return entities.fit(recipe, recipe.pairs, loaded(recipe.backbone, recipe.task.template), resume)
+        return entities.fit(recipe, recipe.pairs, loaded(recipe.backbone, [recipe.task.template]), resume)
     source = training_file(recipe)
     fields = fields_of(recipe)
     train, test = apart(recipe.data, fields, rows(source, recipe.data, fields, "train"))
@@ -161,7 +161,7 @@ def _run(recipe: Recipe, resume: bool) -> SeedsResult | GridResult:
     unlabelled = [] if more is None else rows(more, recipe.data, fields, "unlabelled")
     if recipe.shots == 0 and not unlabelled:
         unlabelled = unlabelled_of(train)
-    backbone = loaded(recipe.backbone, recipe.task.template)
+    backbone = loaded(recipe.backbone, recipe.grid.template or [recipe.task.template])
     deltas = _deltas(recipe, backbone)
     seeds, together, out = recipe.seeds, recipe.together, recipe.out
     if recipe.grid.axes:
@@ -212,7 +212,7 @@ def told(recipe: Recipe, tasks: Sequence[Task], deltas: Sequence[Delta], kind: s
         return
     templates = list(dict.fromkeys(task.template for task in tasks))
     chosen = not recipe.task.template and not recipe.grid.template
-    template = f"template {templates[0]!r}" + (f" (the default for the kind {kind})" if chosen else "")
+    template = f"template {templates[0]!r}" + (" (the default for that kind)" if chosen else "")
     if len(templates) > 1:
         template = f"{len(templates)} templates"
     names = " + ".join(type(delta).__name__ for delta in deltas) or "no delta"
@@ -220,7 +220,7 @@ def told(recipe: Recipe, tasks: Sequence[Task], deltas: Sequence[Delta], kind: s
     verbalizers = " or ".join(dict.fromkeys(type(task.verbalizer).__name__ for task in tasks))
     if recipe.grid.axes:
         note_grid(recipe)
-    console.note(f"{recipe.backbone.name}: {template}, {names}, {verbalizers}, {len(tasks[0].names)} labels")
+    console.note(f"{recipe.backbone.name} ({kind}): {template}, {names}, {verbalizers}, {len(tasks[0].names)} labels")
     if recipe.task.labels is None and recipe.grid.labels is None:
         console.note(
             "labels stand for themselves; a sentence or a word for each (--describe label=…) mostly does better"

@@ -106,7 +106,7 @@ def import_(
     name = backbone or config.get("base_model_name_or_path")
     if not name:
         raise ConfigError(f"{folder} does not name the model that it is of; name it: --backbone NAME")
-    base = loaded(BackboneTable(name, device=device, dtype=dtype or "float32"), template)
+    base = loaded(BackboneTable(name, device=device, dtype=dtype or "float32"), [template])
     model = open_peft(folder, base, task_for(table, base, ()))
     written = model.save(out, training={"imported": str(folder.resolve()), "peft_type": config["peft_type"]})
     told = {"out": out, "bytes": written, "method": config["peft_type"], "parameters": model.parameter_count()}

@@ -138,7 +138,13 @@ MaxLength = Annotated[int | None, _option("--max-length", help="Tokens of a text
 
 BackboneName = Annotated[
     str | None,
-    _option("--backbone", help="A folder, a name on the hub, or demo (the default).", panel=MODEL, metavar="NAME"),
+    _option(
+        "--backbone",
+        help="A folder, a name on the hub, or demo (the default): a masked language model, or where no template has a "
+        "{mask} a sentence encoder.",
+        panel=MODEL,
+        metavar="NAME",
+    ),
 ]
 Deltas = Annotated[
     list[str] | None,

@@ -121,7 +121,8 @@ WORD_FILE = re.compile(r"\.(txt|csv|jsonl?)(#[0-9]+)?$")  # of label words; #1: 
 TABLES = {"backbone": BackboneTable, "task": TaskTable, "data": DataTable, "training": Training, "grid": GridTable}
 WRITING: dict[str, type[Generation | Chat]] = {"generation": Generation, "chat": Chat}  # instead of [task]
 PAIRS = "pairs"
-OF_LABELS = ("text", "label", "unlabelled", "drop_empty")  # keys of [data] that generation has no use for
+# keys of [data] that generation has no use for
+OF_LABELS = ("text", "label", "unlabelled", "drop_empty", "test_share", "types")
 TOP = ("deltas", "seeds", "together", "shots", "out")
 NUMBERS = ("shots", "learning_rate")  # axes of a grid whose values are numbers
 HOMES = {  # of an axis: the table that has it where one value is for all, and its option

@@ -87,21 +87,23 @@ def search(
 
 def _run(recipe: Recipe, own: Mapping[str, Any], trains: bool, resume: bool) -> Draws:
     """Searches on every seed's rows, and only then reads the test rows."""
-    from deltaprompt.cli.data import Deal, fields_of, rows, training_file
+    from deltaprompt.cli.data import Deal, apart, fields_of, names_of, refuse, rows, training_file
     from deltaprompt.cli.task import loaded, task_for
-    from deltaprompt.data import labels_of
     from deltaprompt.data.formats import HUB
     from deltaprompt.search import Draws
 
     kind, options = _search_of(own, recipe, trains)
+    refuse(recipe.data, ("unlabelled", "seen"), "a search")
     source, fields, test = training_file(recipe), fields_of(recipe), recipe.data.test
     if test is not None and not test.startswith(HUB) and not Path(test).is_file():
         raise ConfigError(f"there is no file of test rows {test!r}; mend test in [data], or leave it out")
-    train = rows(source, recipe.data, fields, "train")
+    train, held = apart(dataclasses.replace(recipe.data, test=None), fields, rows(source, recipe.data, fields, "train"))
+    if held is not None and test is not None:
+        raise ConfigError("test and test_share were both given; give one of them")
     dev = None if recipe.data.dev is None else rows(recipe.data.dev, recipe.data, fields, "dev")
     backbone = loaded(recipe.backbone)
     generator = _generator(own, recipe.backbone.device) if kind == "templates" else None
-    task, deal = task_for(recipe.task, backbone, labels_of(train)), Deal(recipe, train, dev)
+    task, deal = task_for(recipe.task, backbone, names_of(recipe.data, train)), Deal(recipe, train, dev)
     out, found = None if recipe.out is None else Path(recipe.out), []
     for seed in recipe.seeds:
         draw = deal(seed)
@@ -115,6 +117,7 @@ def _run(recipe: Recipe, own: Mapping[str, Any], trains: bool, resume: bool) -> 
         _keep(folder, found[-1])
     if test is not None:
         held = rows(test, recipe.data, fields, "test")
+    if held is not None:
         found = [_measured(result, held, out) for result in found]
     draws = Draws(tuple(found))
     _write(out, draws)
@@ -130,6 +133,8 @@ def _search_of(own: Mapping[str, Any], recipe: Recipe, trains: bool) -> tuple[st
         known = ", ".join(registry.variants("search"))
         raise ConfigError(f"the recipe has no table [search]; give one, with kind = one of {known}")
     options, kind = registry.from_description("search", table), str(table["kind"])
+    if recipe.grid.axes or recipe.generation is not None or recipe.pairs is not None:
+        raise ConfigError("a search is of one [task]'s prompts; leave [grid], [generation], [chat] and [pairs] out")
     if kind == "lottery" and recipe.deltas:
         raise ConfigError("lottery prompts are tried on a frozen model; leave [[deltas]] out, or search label_words")
     if trains and not recipe.deltas:
@@ -232,10 +237,10 @@ def _keep(folder: Path | None, result: SearchResult) -> None:
 
 def _write(folder: Path | None, found: SearchResult | Draws) -> None:
     """The result as JSON and as Markdown; each file is whole or not there."""
+    from deltaprompt.store import write_text
+
     if folder is None:
         return
     texts = {"json": json.dumps(found.as_json(), ensure_ascii=False, indent=1), "md": found.markdown()}
     for ending, text in texts.items():
-        part = folder / f".{RESULT}.{ending}"
-        part.write_text(text + "\n", encoding="utf-8")
-        part.replace(folder / f"{RESULT}.{ending}")
+        write_text(folder / f"{RESULT}.{ending}", text + "\n")

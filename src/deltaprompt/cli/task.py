@@ -29,9 +29,9 @@ TEMPLATES: Mapping[Kind, str] = {
 }
 
 
-def loaded(b: BackboneTable, template: str | None = "{mask}") -> Backbone:
-    """The backbone of a recipe's table; the demo is a sentence encoder where a classification has no `{mask}`."""
-    encodes = b.kind is None and b.name == DEMO and (template is None or not parse(template).masks)
+def loaded(b: BackboneTable, templates: Sequence[str | None] = ("{mask}",)) -> Backbone:
+    """The backbone of a recipe's table; the demo is a sentence encoder where no template of a task has a `{mask}`."""
+    encodes = b.kind is None and b.name == DEMO and not any(t is not None and parse(t).masks for t in templates)
     kind: Kind | None = "encoder" if encodes else b.kind
     return load(b.name, kind=kind, device=b.device, dtype=b.dtype, attention=b.attention, revision=b.revision)
 

@@ -25,8 +25,9 @@ from deltaprompt.types import Example
 
 STDIN = "-"
 _NAME_ONE = {
-    "field 'text'": "name one with text=…, or pass text=None where the template has no {text}",
-    "label": "name one with label=…, or read without labels: labelled=False",
+    "field 'text'": "name one with text=… (--text, or --field text=…), or pass text=None where the "
+    "template has no {text}",
+    "label": "name one with label=… (--label), or read without labels: labelled=False",
 }
 
 

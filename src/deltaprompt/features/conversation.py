@@ -176,7 +176,7 @@ class FromMessages(Writing):
 
     def prompts(self, examples: Sequence[Example]) -> list[Encoded]:
         """The conversation up to the assistant's last turn, without the oldest exchanges where it is too long."""
-        return [self._prompt(_asked(_said(example, n))) for n, example in enumerate(examples, 1)]
+        return [self._prompt(_asked(_said(example, n), n)) for n, example in enumerate(examples, 1)]
 
     def answers(self, example: Example) -> tuple[str, ...]:
         """What the assistant says last."""
@@ -250,8 +250,7 @@ class FromMessages(Writing):
         room = self.features.max_length - self.longest
         first = 1 if messages[0].role == "system" else 0
         while True:
-            ((own, _),) = self._tokenised([self.template.pieces(messages, reply=True)])
-            ids = [*self._front, *own]
+            ids = [*self._front, *self._prompt_ids(messages)]
             if len(ids) <= room:
                 return Encoded((Row(ids, [len(ids) - 1]),))
             if len(messages) - first < 3:  # nothing but the question
@@ -260,6 +259,14 @@ class FromMessages(Writing):
                     f"{self.features.max_length}; shorten it, raise max_length, or lower max_target"
                 )
             messages = [*messages[:first], *messages[first + 2 :]]
+
+    def _prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """The ids of a conversation and of the beginning of the assistant's turn."""
+        if not self.template.own:
+            ((ids, _),) = self._tokenised([self.template.pieces(messages, reply=True)])
+            return ids
+        self._check_plain(messages)
+        return self.features.tokenizer(self.template.rendered(messages, reply=True), add_special_tokens=False).input_ids
 
 
 def pack(rows: Sequence[Encoded], room: int) -> list[Encoded]:
@@ -307,7 +314,9 @@ def _said(example: Example, number: int) -> list[Message]:
     return [Message(message.role, message.content.strip()) for message in example.messages]
 
 
-def _asked(messages: Sequence[Message]) -> list[Message]:
+def _asked(messages: Sequence[Message], number: int) -> list[Message]:
     """A conversation up to a question."""
     last = len(messages) - (messages[-1].role == "assistant")
+    if not last:
+        raise DataError(f"example {number} has an answer of the assistant's and nothing before it that asks for one")
     return list(messages[:last])

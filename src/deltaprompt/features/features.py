@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 from typing import Literal as OneOf
 
 import torch
@@ -17,33 +17,29 @@ from deltaprompt.features.beside import Beside, Form, Text
 from deltaprompt.features.chat import chat_pieces
 from deltaprompt.features.codec import Ask, Codec, Tokens
 from deltaprompt.features.demonstrations import Demonstrations
-from deltaprompt.features.layout import Fixed, Kind, Layout, Part, Raw, Run, check_masks, ends_with_answer, lay_out
+from deltaprompt.features.layout import (
+    Fixed,
+    Kind,
+    Layout,
+    Part,
+    Place,
+    Raw,
+    Run,
+    check_masks,
+    ends_with_answer,
+    lay_out,
+)
 from deltaprompt.features.named_tokens import first_id, mask_id, pad_id, special_id
 from deltaprompt.features.rows import Encoded, Row
+from deltaprompt.features.soft import NETWORKS, SoftBlock
 from deltaprompt.features.truncate import fit
-from deltaprompt.templates import ENCODERS, Demos, Encoder, Mask, Piece, Prefix, Role, Soft, Special, Template
+from deltaprompt.templates import Demos, Encoder, Mask, Piece, Prefix, Role, Soft, Special, Template
 from deltaprompt.types import Batch, Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-NETWORKS: Final[tuple[Encoder | None, ...]] = (None, *ENCODERS.values())  # that compute soft tokens; None: no network
 AT_ONCE: Final = 1024  # rows in one call of the tokenizer: its threads are busy, its results do not pile up
-
-
-class SoftBlock(NamedTuple):
-    """A block of trainable tokens: its name, the words it begins from, its tokens, and what they are rows of."""
-
-    key: str
-    words: str | None
-    size: int
-    tied: bool = False
-    encoder: Encoder | None = None
-
-    @property
-    def rows(self) -> int:
-        """The rows that train: one for all its tokens, or one each."""
-        return 1 if self.tied else self.size
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,42 +104,47 @@ class Features:
     @property
     def space_before_mask(self) -> bool:
         """Whether a blank stands before the (first) mask; it is part of the answer's first token."""
-        return self._layout.space
+        return self._layout.places[0].space
 
     def word_ids(self, words: str) -> list[int]:
         """The token ids of words that stand alone."""
         return self._known(words, self._codec.one(words))
 
-    def answer_ids(self, word: str) -> list[int]:
-        """The token ids of a label word as it stands at the (first) mask."""
-        if word not in self._answers:
-            self._answers[word] = self._answer_ids(word)
-        return list(self._answers[word])
+    def answer_ids(self, word: str, mask: int = 0) -> list[int]:
+        """The token ids of a label word as it stands at a mask, the first where not given."""
+        if (word, mask) not in self._answers:
+            self._answers[word, mask] = self._known(word.strip(), self._ids_at(word.strip(), mask))
+        return list(self._answers[word, mask])
 
     @cached_property
-    def _answers(self) -> dict[str, list[int]]:
+    def _answers(self) -> dict[tuple[str, int], list[int]]:
         """Of label words, for whose ids a verbalizer asks several times."""
         return {}
 
-    def _answer_ids(self, word: str) -> list[int]:
-        word, place = word.strip(), self._layout
-        ids = self._codec.one(" " + word if place.space else word, place.opens and not place.space) if word else []
+    def _ids_at(self, word: str, mask: int = 0) -> list[int]:
+        opens, space = self._layout.places[mask]
+        ids = self._codec.one(" " + word if space else word, opens and not space) if word else []
         if self._codec.unknown in ids:  # no piece of the vocabulary goes on without a blank
             ids = self._codec.one(word)
-        return self._known(word, ids)
+        return ids
 
     def whole_words(self) -> list[int]:
         """The ids of the tokens that are, by themselves, a word of letters as it stands at the (first) mask."""
         texts = {i: self.tokenizer.decode([i]).strip() for i in sorted(set(self.tokenizer.get_vocab().values()))}
         words = {i: text for i, text in texts.items() if text.isalpha() and i not in self._codec.special}
-        space, opens = self._layout.space, self._layout.opens and not self._layout.space
+        space, opens = self._layout.places[0].space, self._opens
         asks = {i: (" " + word if space else word, opens) for i, word in words.items()}
         found = self._codec.encode(asks.values())
         return [i for i, ask in asks.items() if found[ask].ids == [i]]
 
+    @property
+    def _opens(self) -> bool:
+        """Whether an answer at the (first) mask is tokenised as what opens a text."""
+        return self._layout.places[0].opens and not self._layout.places[0].space
+
     def continued(self, texts: Sequence[str]) -> list[list[int]]:
         """The token ids of texts as they stand behind the prompt; of an encoder-decoder, as they open an answer."""
-        space, opens = self._layout.space, self._layout.opens and not self._layout.space
+        space, opens = self._layout.places[0].space, self._opens
         asks = [(" " + text.lstrip(" ") if space else text, opens) for text in texts]
         found = self._codec.encode(asks)
         return [found[ask].ids for ask in asks]
@@ -296,8 +297,8 @@ class Features:
         front = range(self.soft_base, self.soft_base + self.prepend_soft)
         parts = (Fixed(tuple(front), virtual=True), Fixed(before), *parts, Fixed(after))
         if self.kind == "seq2seq" and not middle.masks:  # the decoder's first word
-            return Layout(parts, opens=True)
-        return Layout(parts, middle.opens, middle.space)
+            return Layout(parts, (Place(opens=True, space=False),))
+        return Layout(parts, middle.places)
 
     def _virtual_ids(self) -> list[tuple[int, ...]]:
         first = self.soft_base + self.prepend_soft
@@ -358,9 +359,11 @@ class Features:
 
     def _texts_of(self, example: Example) -> tuple[tuple[int, ...], ...]:
         """The ids of each class's own text in an example."""
-        texts = [phrase.filled(example.fields) for phrase in self.phrases]
-        each, longest = [tuple(self._answer_ids(text)) for text in texts], max(self.answer_lengths)
-        for text, ids in zip(texts, each, strict=True):
+        texts = [phrase.filled(example.fields).strip() for phrase in self.phrases]
+        each, longest = [tuple(self._ids_at(text)) for text in texts], max(self.answer_lengths)
+        for label, text, ids in zip(self.labels if texts else (), texts, each, strict=True):
+            if not ids:
+                raise DataError(f"the text of label {label!r} is empty in an example, {dict(example.fields)}")
             if len(ids) > longest:
                 raise DataError(
                     f"the text {text!r:.60} of a label has {len(ids)} tokens, and {longest} are possible; shorten it, "
@@ -378,10 +381,8 @@ class Features:
                 ids.extend(part.ids if isinstance(part, Fixed) else next(text))
         if self.kind == "seq2seq":
             return self._answered(ids, at)
-        if self.kind == "causal":
-            ids = ids or [first_id(self.tokenizer)]
-            return Row(ids, [len(ids) - 1])
-        return Row(ids, at or list(range(len(ids))))
+        ids = ids or [first_id(self.tokenizer)]
+        return Row(ids, [len(ids) - 1] if self.kind == "causal" else at or list(range(len(ids))))
 
     def _answered(self, ids: list[int], at: list[int]) -> Row:
         """T5's answer follows its sentinel; BART's follows its own text up to the mask, which the decoder repeats."""

@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 from typing import Literal as OneOf
 
 from deltaprompt.errors import TemplateError
@@ -48,13 +48,19 @@ Part: TypeAlias = Run | Fixed | Mask
 Raw: TypeAlias = Literal | Field | Fixed | Mask
 
 
+class Place(NamedTuple):
+    """How an answer's word is written at a mask."""
+
+    opens: bool  # it opens the sequence
+    space: bool  # a blank stands before it
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The parts of a row in order, and how an answer's word is written at the first mask."""
+    """The parts of a row in order, and the places of answers: at each mask, or at the end where there is none."""
 
     parts: tuple[Part, ...]
-    opens: bool = False  # the answer opens the sequence
-    space: bool = False  # a blank stands before the answer
+    places: tuple[Place, ...]
 
     @property
     def masks(self) -> int:
@@ -66,12 +72,12 @@ def lay_out(pieces: Sequence[Raw], restarts: bool) -> Layout:
     """Groups text into runs; `restarts` says whether text after a special token is tokenised like the first text."""
     groups = [group for text, run in groupby(pieces, _is_text) for group in ([[*run]] if text else [[p] for p in run])]
     parts: list[Part] = []
-    place: tuple[bool, bool] | None = None
+    places: list[Place] = []
     opens, space = True, False
     for group, after in zip(groups, [*groups[1:], []], strict=True):
         head = group[0]
         if isinstance(head, Mask):
-            place = place or (opens, space)
+            places.append(Place(opens, space))
             parts.append(head)
             opens, space = False, False
         elif isinstance(head, Fixed):
@@ -82,8 +88,8 @@ def lay_out(pieces: Sequence[Raw], restarts: bool) -> Layout:
             parts.append(run)
             space = _text(group[-1]).endswith(" ")
             opens = opens and run.bare and _is_blank(group)
-    opens, space = place or (False, bool(groups) and _takes_blank(groups[-1][-1]))
-    return Layout(tuple(parts), opens, space)
+    end = Place(opens=False, space=bool(groups) and _takes_blank(groups[-1][-1]))
+    return Layout(tuple(parts), tuple(places) or (end,))
 
 
 def _run(group: Sequence[Raw], opens: bool, after: Sequence[Raw]) -> Run:

@@ -194,11 +194,18 @@ class Model(nn.Module):
     def calibrate(self, examples: Sequence[Example] = (), slot: int = 0, batch_size: int = 32) -> None:
         """Measures the task's calibration on the model as it is, whose answers it then corrects.
 
+        `fit` does so before it trains; afterwards this measures it again, on what was learned.
+
         Args:
             examples: texts of the task, labelled or not, for calibrations that need some; their labels are not read.
             slot: which adaptation.
             batch_size: rows in one pass.
+
+        Raises:
+            ConfigError: the task has no calibration, or needs texts for it.
         """
+        if self._at(slot).task.calibration is None:
+            raise ConfigError("this task has no calibration; give it one, Task(…, calibration=dp.Contextualised())")
         starting.calibrate(self, examples, slot, batch_size)
 
     def embed(self, features: Features, examples: Sequence[Example], slot: int = 0, batch_size: int = 32) -> Tensor:

@@ -21,7 +21,7 @@ from deltaprompt.model import several
 from deltaprompt.model.task import Task
 from deltaprompt.model.virtual import room
 from deltaprompt.params import Param, Weights, zeros
-from deltaprompt.templates import Field, Literal, Template, parse
+from deltaprompt.templates import Field, Literal, Mask, Special, Template, parse
 from deltaprompt.types import AtMask
 from deltaprompt.verbalizers._base import PRIOR, Answers, Phrased, Setting, Trained, Verbalizer, Worded, normalised
 
@@ -68,6 +68,11 @@ class Scorer(Stack):
         """How likely each label is, from class scores [b, c], in float32."""
         return scores.float().sigmoid() if self.several else scores.float().softmax(-1)
 
+    def forget_prior(self, place: int) -> None:
+        """What a calibration measured of one of its slots no longer holds."""
+        if self.calibrated:
+            self.tensors[PRIOR].data[place] = 0
+
     def answers(self, at: AtMask) -> Tensor:
         """Normalised log p of what a prior is over, before calibration: of words [b, u] or of classes [b, c]."""
         w = self.seen(at, False)
@@ -109,6 +114,7 @@ class Reading:
         """On a backbone, to which nothing is attached, with deltas that will act, each an instance."""
         verbalizer = task.settled(backbone)
         check_several(task, verbalizer)
+        check_domain(task)
         features = features_of(backbone, task, verbalizer, deltas)
         setting = setting_of(backbone, task, features)
         return cls(task, features, verbalizer, setting, verbalizer.constants(setting))
@@ -197,8 +203,10 @@ def features_of(backbone: Backbone, task: Task, verbalizer: Verbalizer, deltas: 
     )
     if not isinstance(verbalizer, Answers):
         return features
-    lengths = verbalizer.answer_lengths(setting_of(backbone, task, features))
-    return replace(features, answer_lengths=lengths, phrases=phrases_of(task, verbalizer))
+    lengths, phrases = verbalizer.answer_lengths(setting_of(backbone, task, features)), phrases_of(task, verbalizer)
+    if fixed := [len(features.answer_ids(phrase.filled({}))) for phrase in phrases if not phrase.fields]:
+        lengths = (max(fixed if len(fixed) == len(phrases) else (*fixed, *lengths)),)
+    return replace(features, answer_lengths=lengths, phrases=phrases)
 
 
 def phrases_of(task: Task, verbalizer: Verbalizer) -> tuple[Template, ...]:
@@ -209,9 +217,10 @@ def phrases_of(task: Task, verbalizer: Verbalizer) -> tuple[Template, ...]:
     for phrase in found:
         if odd := [str(piece) for piece in phrase.pieces if not isinstance(piece, Literal | Field)]:
             raise ConfigError(f"the text of a label is made of text and fields, got {odd[0]} in {str(phrase)!r}")
-    if task.calibration is not None and any(phrase.fields for phrase in found):
+    if task.calibration is not None and not task.calibration.needs_texts and any(phrase.fields for phrase in found):
         raise ConfigError(
-            "answers that are texts of the example itself have no prior that could be kept; leave the calibration out"
+            f"{type(task.calibration).__name__} asks without an example, and these answers are texts of the example; "
+            "use Contextualised or BatchCalibration, or leave the calibration out"
         )
     return found
 
@@ -225,6 +234,18 @@ def check_several(task: Task, verbalizer: Verbalizer) -> None:
         )
     if task.several and parse(task.template).demos is not None:
         raise ConfigError("a demonstration shows one label, and this task gives several; leave {demos} out")
+
+
+def check_domain(task: Task) -> None:
+    """What a calibration asks in place of the template is text, with as many masks."""
+    own = None if task.calibration is None else task.calibration.template()
+    if own is None:
+        return
+    domain, masks = parse(own), parse(task.template).masks
+    if odd := [str(piece) for piece in domain.pieces if not isinstance(piece, Literal | Mask | Special)]:
+        raise ConfigError(f"a domain is text and {{mask}}, got {odd[0]} in {own!r}")
+    if domain.masks != masks:
+        raise ConfigError(f"the domain {own!r} has {domain.masks} masks, and the task's template {masks}; give as many")
 
 
 def setting_of(backbone: Backbone, task: Task, features: Features) -> Setting:

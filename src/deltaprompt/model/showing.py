@@ -21,7 +21,6 @@ from deltaprompt.model.task import Task
 from deltaprompt.templates import Demos, Field, Literal, Template, parse
 from deltaprompt.types import Batch, Example
 from deltaprompt.verbalizers._base import Verbalizer
-from deltaprompt.verbalizers.rules import Rules
 
 if TYPE_CHECKING:
     from deltaprompt.model.model import Model
@@ -37,6 +36,7 @@ def shows(task: Task) -> bool:
 def demonstrate(model: Model, examples: Sequence[Example], slot: int = 0, seed: int = 0) -> None:
     """Gives one slot's template labelled examples to show; see `Model.demonstrate`."""
     reader = model.reader(slot)
+    reader.scorer.forget_prior(model.seats[slot][1])  # it was of another prompt
     rows = drawn(asked_by(reader.features), reader.features.template.fields, examples, seed)
     reader.show(showing(model.backbone, reader.features, reader.verbalizer, rows))
     at_once(model, slot)
@@ -63,6 +63,8 @@ def showing(backbone: Backbone, features: Features, verbalizer: Verbalizer, rows
     for row in rows:
         features.label_index(str(row.label))
     words = {label: words_of(verbalizer, label, features.template.masks) for label in features.labels}
+    if features.phrases:
+        words = {label: (text,) for label, text in zip(features.labels, fixed_texts(features.phrases), strict=True)}
     states = MeanStates(backbone, _plain(features)) if asked.by == "nearest" else None
     return replace(features, demonstrations=Demonstrations(asked, fields, words, tuple(rows), states)).checked()
 
@@ -74,17 +76,23 @@ def restored(backbone: Backbone, features: Features, verbalizer: Verbalizer, rec
 
 
 def words_of(verbalizer: Verbalizer, label: str, masks: int) -> tuple[str, ...]:
-    """What stands at each mask of a label's demonstration: the verbalizer's first word, or the label's name."""
-    if isinstance(verbalizer, Rules):
-        return tuple(words if isinstance(words, str) else words[0] for words in verbalizer.rules[label])
-    if masks > 1:
+    """What stands at each mask of a label's demonstration."""
+    words = verbalizer.shown(label)
+    if len(words) != max(masks, 1):
         raise ConfigError(
             f"a demonstration shows a word at each {{mask}}, and only rules say which stands at which of {masks}; use "
             "them, or leave one {mask}"
         )
-    given = vars(verbalizer).get("words")
-    words = given.get(label, label.replace("_", " ")) if isinstance(given, Mapping) else label.replace("_", " ")
-    return ((words if isinstance(words, str) else words[0]).strip(),)
+    return words
+
+
+def fixed_texts(phrases: Sequence[Template]) -> list[str]:
+    """The texts of labels, which are the same in every example."""
+    if odd := [str(phrase) for phrase in phrases if phrase.fields]:
+        raise ConfigError(
+            f"a demonstration shows a label's text, and {odd[0]!r} is another one in every example; leave {{demos}} out"
+        )
+    return [phrase.filled({}).strip() for phrase in phrases]
 
 
 @dataclass(frozen=True)
@@ -99,18 +107,14 @@ class MeanStates:
 
     @torch.no_grad()
     def __call__(self, examples: Sequence[Example]) -> Tensor:
-        """Examples -> [n, d], on the CPU; 0 for a text without a token."""
+        """Examples -> [n, d], on the CPU."""
         rows = self.features.encode([Example(example.fields) for example in examples])
-        some = [i for i, row in enumerate(rows) if row.length]
-        found: dict[int, Tensor] = {}
+        found = torch.zeros(len(rows), self.backbone.width)
         device = next(self.backbone.model.parameters()).device
         with without_deltas(self.backbone), at_rest(self.backbone.model):
-            for batch in self.features.batches([rows[i] for i in some], ROWS):
-                assert batch.index is not None
-                means = self._means(batch.to(device)).float().cpu()
-                found |= zip((some[i] for i in batch.index.tolist()), means, strict=True)
-        nothing = torch.zeros_like(next(iter(found.values()), torch.zeros(1)))
-        return torch.stack([found.get(i, nothing) for i in range(len(rows))])
+            for batch in self.features.batches(rows, ROWS):
+                found[batch.index] = self._means(batch.to(device)).float().cpu()
+        return found
 
     def _means(self, batch: Batch) -> Tensor:
         backbone = self.backbone

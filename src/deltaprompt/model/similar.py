@@ -22,6 +22,7 @@ from deltaprompt.errors import ConfigError, DataError
 from deltaprompt.features import Encoded, Features
 from deltaprompt.model.model import Model, evaluating
 from deltaprompt.model.reader import Reader
+from deltaprompt.model.starting import calibrate
 from deltaprompt.types import Batch, Example
 from deltaprompt.verbalizers._base import Started
 
@@ -93,7 +94,7 @@ class Similar(nn.Module):
         """A verbalizer without labels is given its start, and a calibration is measured, on texts of the pairs."""
         texts = unlabelled or [rows_of_pair(pair)[0] for pair in pairs]
         self.model.start([], slot, batch_size, texts)
-        self.model.calibrate(texts, slot, batch_size)
+        calibrate(self.model, texts, slot, batch_size)
 
     # The model's own
 

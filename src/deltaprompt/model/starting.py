@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from deltaprompt.model.reader import Reader
 
 BARE = "{text}"
-SUPPORT = 200  # unlabelled texts that a start looks at (KPT's number)
 Look = Callable[[AtMask], Tensor]  # what is kept of a batch's rows: [b, k]
 
 
@@ -34,9 +33,10 @@ def start(
     verbalizer, scorer, features = reader.verbalizer, reader.scorer, reader.features
     if not isinstance(verbalizer, Started):
         return
-    rows = list(examples) if verbalizer.labelled else [*examples, *spread(unlabelled, SUPPORT)]
-    for example in rows if verbalizer.labelled else []:
+    scorer.forget_prior(place)  # it was of another start
+    for example in examples if verbalizer.labelled else []:
         check_labelled(example)
+    rows = looked_at(verbalizer, examples, unlabelled)
     each = [features.classes_of(example) or (-1,) for example in rows]
     classes = torch.tensor([c for own in each for c in own], dtype=torch.long)
     numbers = [i for i, own in enumerate(each) for _ in own]  # a row of several labels is one of each
@@ -53,13 +53,28 @@ def start(
         scorer.tensors[name][place].copy_(tensor)
 
 
+def looked_at(verbalizer: Started, examples: Sequence[Example], unlabelled: Sequence[Example]) -> list[Example]:
+    """The rows that a start looks at: as many of each label, or (where none is needed) evenly spaced of all."""
+    most = verbalizer.most
+    if not verbalizer.labelled:
+        rows = [*examples, *unlabelled]
+        return rows if most is None else list(spread(rows, most))
+    if most is None or len(examples) <= most:
+        return list(examples)
+    of: dict[tuple[str, ...], list[Example]] = {}
+    for example in examples:
+        of.setdefault(example.gold, []).append(example)
+    return [row for own in of.values() for row in spread(own, max(most // len(of), 1))]
+
+
 @torch.no_grad()
 def calibrate(model: Model, examples: Sequence[Example], slot: int = 0, batch_size: int = 32) -> None:
-    """Measures one slot's prior; see `Model.calibrate`."""
+    """Measures one slot's prior, where its task has a calibration; see `Model.calibrate`."""
     reader, place = model.reader(slot), model.seats[slot][1]
     calibration, features, scorer = reader.task.calibration, reader.features, reader.scorer
     if calibration is None:
         return
+    check_started(reader, place)
     own = calibration.template()
     asked = features if own is None else replace(features, template=parse(own))
     asked = asked if calibration.needs_texts else asked.seeded()  # a text without content is near to none
@@ -79,7 +94,7 @@ def at_once(model: Model, slot: int = 0) -> None:
             model.start([], slot)
             waits = False
     if calibration is not None and not calibration.needs_texts and not waits:
-        model.calibrate(slot=slot)
+        calibrate(model, (), slot)
 
 
 @torch.no_grad()
@@ -104,16 +119,21 @@ def observed(
 
 def check_ready(reader: Reader, place: int) -> None:
     """Raises where the verbalizer has no start, or its prior has not been measured."""
+    check_started(reader, place)
+    if reader.task.calibration is not None and not reader.scorer.tensors[PRIOR][place].any():
+        raise ConfigError(
+            f"the calibration {type(reader.task.calibration).__name__} has not been measured; give "
+            "model.calibrate(examples) texts of the task (labels are not needed), or fit the model"
+        )
+
+
+def check_started(reader: Reader, place: int) -> None:
+    """Raises where the verbalizer has no start."""
     verbalizer, tensors = reader.verbalizer, reader.scorer.tensors
     if isinstance(verbalizer, Started) and verbalizer.begun and not tensors[verbalizer.begun][place].any():
         raise ConfigError(
             f"the verbalizer {type(verbalizer).__name__} has no start yet; give model.start(examples) "
             f"{'labelled ' if verbalizer.labelled else ''}examples, or fit the model"
-        )
-    if reader.task.calibration is not None and not tensors[PRIOR][place].any():
-        raise ConfigError(
-            f"the calibration {type(reader.task.calibration).__name__} has not been measured; give "
-            "model.calibrate(examples) texts of the task (labels are not needed), or fit the model"
         )
 
 

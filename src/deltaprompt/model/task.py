@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from deltaprompt.backbone import Backbone
 from deltaprompt.calibrations._base import Calibration
+from deltaprompt.errors import ConfigError
 from deltaprompt.templates import parse
 from deltaprompt.verbalizers._base import Verbalizer
 from deltaprompt.verbalizers._words import tuple_of
@@ -34,6 +35,10 @@ class Task:
     max_length: int | None = None
     calibration: Calibration | None = None
     several: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.labels, str) or not all(isinstance(name, str) for name in self.labels):
+            raise ConfigError(f"labels are names, each a text, in a list or a mapping; got {self.labels!r}")
 
     @property
     def names(self) -> tuple[str, ...]:

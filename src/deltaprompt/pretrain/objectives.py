@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 MASKED, IN_SPANS = 0.2, 0.15  # shares hidden where none is given (Wettig et al. 2023, section 3; Raffel et al. 2020)
+SPAN = 3.0  # tokens (Raffel et al. 2020, section 3.3.4)
 DEV_MASKED = 0.15  # on dev: what is usually reported (Devlin et al. 2019)
 KIND_FOR: Mapping[Kind, BackboneKind] = {"masked": "masked", "causal": "causal", "spans": "seq2seq"}
 OF_KIND: Mapping[BackboneKind, Kind] = {kind: objective for objective, kind in KIND_FOR.items()}
@@ -212,6 +213,7 @@ def objective_of(backbone: Backbone, p: Pretraining) -> Objective:
     own = OF_KIND[backbone.kind]
     if p.objective not in (None, own):
         raise ConfigError(f"objective = {p.objective!r} does not go with a backbone of kind {backbone.kind!r}: {own!r}")
+    p.check_for(own)
     if p.length > backbone.max_length:
         raise ConfigError(f"length = {p.length} is more than the {backbone.max_length} tokens that the backbone takes")
     tokenizer = backbone.tokenizer
@@ -220,7 +222,12 @@ def objective_of(backbone: Backbone, p: Pretraining) -> Objective:
     if own == "causal":
         return Causal.of(tokenizer, p.length)
     start = backbone.config.get("decoder_start_token_id")
-    return Spans.of(tokenizer, p.length, IN_SPANS if p.rate is None else p.rate, p.span, start)
+    return Spans.of(tokenizer, p.length, *_hidden(p), start)
+
+
+def _hidden(p: Pretraining) -> tuple[float, float]:
+    """The share of tokens in spans, and the mean length of one."""
+    return IN_SPANS if p.rate is None else p.rate, SPAN if p.span is None else p.span
 
 
 def packed(stream: Tensor, room: int) -> Tensor:

@@ -37,7 +37,7 @@ class Pretraining:
         batch_size: rows in one pass.
         accumulate: passes to one optimizer step; 2 × 8 rows are the same step as 1 × 16.
         rate: the share of tokens that are masked (0.2 where not given), or in spans (0.15).
-        span: the mean length of a span, in tokens.
+        span: the mean length of a span, in tokens (3 where not given).
         learning_rate: of all parameters, or of deltas that name none of their own, at its highest.
         head: whether the head's own tensors train in full beside the deltas (not an output embedding that is tied to
             the input's).
@@ -63,7 +63,7 @@ class Pretraining:
     batch_size: int = 32
     accumulate: int = 1
     rate: float | None = None
-    span: float = 3.0
+    span: float | None = None
     learning_rate: float = 1e-3
     head: bool = False
     head_learning_rate: float | None = None
@@ -82,10 +82,19 @@ class Pretraining:
 
     def __post_init__(self) -> None:
         check(vars(self), POSSIBLE)
-        if self.objective == "causal" and self.rate is not None:
+        if self.head_learning_rate is not None and not self.head:
+            raise ConfigError("head_learning_rate is of a head that trains; give head = true, or leave it out")
+        if self.objective is not None:
+            self.check_for(self.objective)
+
+    def check_for(self, objective: Kind) -> None:
+        """Raises at an option that the objective has no use for."""
+        if objective == "causal" and self.rate is not None:
             raise ConfigError(
                 f"rate = {self.rate} is for masked tokens and spans; leave it out of the causal objective"
             )
+        if objective != "spans" and self.span is not None:
+            raise ConfigError(f"span = {self.span} is the length of spans; leave it out of the {objective} objective")
 
     @property
     def rows(self) -> int:
@@ -105,7 +114,7 @@ POSSIBLE: Possible = {
     "steps": (count, COUNT),
     "length": (lambda v: count(v) and v >= 8, "a whole number of tokens, 8 or more"),
     "rate": (lambda v: v is None or (number(v) and 0 < v < 1), "a share of the tokens, between 0 and 1, or left out"),
-    "span": (lambda v: number(v) and 1 <= v < math.inf, "a number of tokens, 1 or more"),
+    "span": (lambda v: v is None or (number(v) and 1 <= v < math.inf), "a number of tokens, 1 or more, or left out"),
     "head": (truth, "true or false"),
     "head_learning_rate": (lambda v: v is None or rate(v), f"{RATE}, or left out"),
     "beta2": (lambda v: number(v) and 0 < v < 1, "a number between 0 and 1"),

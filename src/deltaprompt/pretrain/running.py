@@ -19,7 +19,7 @@ from deltaprompt.backbone.load import wrap
 from deltaprompt.backbone.new_head import head_parameters
 from deltaprompt.compose import Adapted
 from deltaprompt.deltas._base import Delta
-from deltaprompt.errors import ConfigError
+from deltaprompt.errors import ConfigError, DataError
 from deltaprompt.pretrain.keep import Pretrained, as_run, as_setting, described, keep, kept, small
 from deltaprompt.pretrain.loop import Group, Loop
 from deltaprompt.pretrain.objectives import Objective, objective_of, packed
@@ -129,21 +129,27 @@ def _texts(
     """Training rows [n, room], the rows of each dev text by name, and what the record tells of them all."""
     if not train:
         raise ConfigError("there is no text to train on: give files ([[data]] path = …) or texts")
+    if odd := next((t for t in dev if isinstance(t, Texts) and t.hold_out is not None), None):
+        raise ConfigError(f"{odd.path} is all to measure by ([[dev]]); leave hold_out out, or train on it ([[data]])")
     learned, held = streams(train, backbone.tokenizer, objective.end)
     measured, _ = streams(dev, backbone.tokenizer, objective.end)
     each = [packed(stream.whole(), objective.room) for stream in learned]
     rows = torch.cat(each)
     if len(rows) < p.rows:
         tokens = sum(len(stream.whole()) for stream in learned)
-        raise ConfigError(
+        raise DataError(
             f"the texts have {tokens} tokens, which make {len(rows)} rows of {objective.room}, and a step takes "
             f"{p.rows}; give more text, repeat it, or make rows or batches smaller"
         )
     dev_rows: dict[str, Tensor] = {}
     for stream in (*held, *measured):
         some = _spread(packed(stream.whole(), objective.room), p.dev_rows)
-        if len(some):
-            dev_rows[_free(stream.name, dev_rows)] = some
+        if not len(some):
+            raise DataError(
+                f"{stream.name} has {len(stream.tokens)} tokens to measure by, and a row has {objective.room}; give "
+                "more text, or make rows shorter"
+            )
+        dev_rows[_free(stream.name, dev_rows)] = some
     told = [_told(stream, own, "train") for stream, own in zip(learned, each, strict=True)]
     told += [_told(stream, stream.tokens.view(-1, 1), "dev") for stream in (*held, *measured)]
     return rows, dev_rows, told

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from deltaprompt.search._result import Cell, Metrics, SearchResult, Table, answers_table, prompts_told
+from deltaprompt.search._result import Answer, Cell, Metrics, SearchResult, Table, answers_table, by_name, prompts_told
 
 
 @dataclass(frozen=True)
@@ -18,12 +18,10 @@ class Draws:
 
     def as_json(self) -> dict[str, Any]:
         """What the answers came to over the seeds, and every result."""
-        first = self.results[0]
-        names = [answer.name for answer in first.answers]
         return {
-            "search": first.search,
+            "search": self.results[0].search,
             "seeds": [result.session.seed for result in self.results],
-            "answers": [{"name": name, **self._over(number)} for number, name in enumerate(names)],
+            "answers": [{"name": own[0].name, **_over(own)} for own in by_name(self.results)],
             "runs": [result.as_json() for result in self.results],
         }
 
@@ -34,20 +32,6 @@ class Draws:
         common = [averaged([r.tables[n] for r in self.results]) for n in range(len(self.results[0].tables))]
         tables = [answers_table(self.results), self._chosen(), *(table for table in common if table is not None)]
         return "\n\n".join(table.markdown() for table in tables)
-
-    def _over(self, number: int) -> dict[str, Any]:
-        own = [result.answers[number] for result in self.results]
-        each: dict[str, list[Metrics]] = {
-            "dev": [{"accuracy": a.dev.accuracy} for a in own],
-            "tuned_dev": [{"accuracy": a.tuned.accuracy} for a in own if a.tuned is not None],
-            "test": [a.test for a in own if a.test is not None],
-            "tuned_test": [a.tuned_test for a in own if a.tuned_test is not None],
-        }
-        return {
-            name: {metric: _told([m[metric] for m in metrics]) for metric in metrics[0]}
-            for name, metrics in each.items()
-            if metrics
-        }
 
     def _chosen(self) -> Table:
         prompts = prompts_told([result.task for result in self.results])
@@ -82,3 +66,18 @@ def _mean(cells: Sequence[Cell]) -> Cell:
 
 def _told(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": mean(values), "std": stdev(values) if len(values) > 1 else 0.0, "each": list(values)}
+
+
+def _over(own: Sequence[Answer]) -> dict[str, Any]:
+    """What one answer came to over the draws."""
+    each: dict[str, list[Metrics]] = {
+        "dev": [{"accuracy": a.dev.accuracy} for a in own],
+        "tuned_dev": [{"accuracy": a.tuned.accuracy} for a in own if a.tuned is not None],
+        "test": [a.test for a in own if a.test is not None],
+        "tuned_test": [a.tuned_test for a in own if a.tuned_test is not None],
+    }
+    return {
+        name: {metric: _told([m[metric] for m in metrics]) for metric in metrics[0]}
+        for name, metrics in each.items()
+        if metrics
+    }

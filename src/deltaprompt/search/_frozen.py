@@ -17,7 +17,7 @@ from deltaprompt.model import Model, Task
 from deltaprompt.model.model import evaluating, read
 from deltaprompt.model.reader import of_rows
 from deltaprompt.model.showing import shows
-from deltaprompt.model.starting import unlabelled_of
+from deltaprompt.model.starting import calibrate, unlabelled_of
 from deltaprompt.types import Example
 from deltaprompt.verbalizers._base import Verbalizer
 from deltaprompt.verbalizers._words import tuple_of
@@ -96,7 +96,7 @@ class Frozen:
             if shows(task):
                 model.demonstrate(self.support, slot, self.seed)
             model.start(self.support, slot, self.batch_size)
-            model.calibrate(self.support, slot, self.batch_size)
+            calibrate(model, self.support, slot, self.batch_size)
 
     def _parts(
         self, model: Model, encoded: Sequence[Sequence[Encoded]], alike: Sequence[Sequence[int]]

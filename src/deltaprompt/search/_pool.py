@@ -34,6 +34,8 @@ class Pool:
     def __post_init__(self) -> None:
         if not self.shapes:
             raise ConfigError("there are no shapes to draw templates from; give one, such as '{text} <noun>: {mask}.'")
+        if twice := [shape for i, shape in enumerate(self.shapes) if shape in self.shapes[:i]]:
+            raise ConfigError(f"the shape {twice[0]!r} is there twice; give it once")
         for part, words in self.words.items():
             if not words:
                 raise ConfigError(f"the part of speech {part!r} has no words; give some, or leave it out")

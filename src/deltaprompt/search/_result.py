@@ -192,9 +192,7 @@ def settled(
     ]
     if (several := order[: s.options.ensemble])[1:]:
         several_p = mixed([found[n] for n in several])
-        answers.append(
-            Answer(f"ensemble of {len(several)}", tuple(short[n] for n in several), Score.of(several_p, classes))
-        )
+        answers.append(Answer("ensemble", tuple(short[n] for n in several), Score.of(several_p, classes)))
     return SearchResult(
         s.search,
         s,
@@ -246,15 +244,24 @@ MEASURES: Final[Mapping[str, Callable[[Answer], float | None]]] = {
 }
 
 
+def by_name(results: Sequence[SearchResult]) -> list[list[Answer]]:
+    """Every answer of those draws that have it, in the order of the first that has them."""
+    found: dict[str, list[Answer]] = {}
+    for result in results:
+        for answer in result.answers:
+            found.setdefault(answer.name, []).append(answer)
+    return list(found.values())
+
+
 def answers_table(results: Sequence[SearchResult]) -> Table:
     """What the answers of one search came to, or of one on several draws: mean ± standard deviation."""
-    each = list(zip(*(r.answers for r in results), strict=False))
+    each = by_name(results)
     told = {
         name: [[value for a in own if (value := measure(a)) is not None] for own in each]
         for name, measure in MEASURES.items()
     }
     told = {name: values for name, values in told.items() if any(values)}
-    prompts = prompts_told([a.tasks[0] for a in results[0].answers])
+    prompts = prompts_told([own[0].tasks[0] for own in each])
     rows = [
         (own[0].name, *(_spread(values[n]) for values in told.values()), prompts[n] if len(own[0].tasks) == 1 else "")
         for n, own in enumerate(each)

@@ -12,7 +12,7 @@ from deltaprompt.errors import ConfigError
 from deltaprompt.features.codec import Codec
 from deltaprompt.features.truncate import shares
 from deltaprompt.search._beam import SENTINELS
-from deltaprompt.templates import Field, Literal, Template, parse
+from deltaprompt.templates import Field, Literal, Piece, Template, parse
 from deltaprompt.types import Example
 
 MARKS: Final = ("<X>", "<word>", "<Y>")
@@ -87,7 +87,7 @@ class Shape:
         elif isinstance(part, str):
             return ""
         else:
-            text = "".join(p.value(row.fields) if isinstance(p, Field) else str(p) for p in part.pieces)
+            text = "".join(written(piece, row) for piece in part.pieces)
         return text.strip() if part is self.parts[0] else " " + text.strip()
 
     def _cut(self, ids: Sequence[Sequence[int]], room: int) -> list[int]:
@@ -100,6 +100,13 @@ class Shape:
             )
         share = dict(zip(long, shares([len(ids[n]) for n in long], left), strict=True))
         return [i for n, own in enumerate(ids) for i in own[: share.get(n, len(own))]]
+
+
+def written(piece: Piece, row: Example) -> str:
+    """What a piece of a shape is in a row."""
+    if isinstance(piece, Field):
+        return piece.value(row.fields)
+    return piece.text if isinstance(piece, Literal) else str(piece)
 
 
 def usual_shapes(template: Template, kind: Kind) -> tuple[str, ...]:

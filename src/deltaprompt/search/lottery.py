@@ -21,7 +21,7 @@ from deltaprompt.model import Task
 from deltaprompt.search._lexicon import FOLLOWING, LEADING, LEXICON
 from deltaprompt.search._null import calls, first_right, needed, permuted, success, within
 from deltaprompt.search._pool import Pool
-from deltaprompt.search._result import SearchResult, Table, Test, ranked_controls, settled
+from deltaprompt.search._result import SearchResult, Table, Test, code, ranked_controls, settled
 from deltaprompt.search._session import Score, Session, begin, check_counts
 from deltaprompt.types import Example
 
@@ -147,5 +147,5 @@ def _shapes(shapes: Sequence[str], scores: Sequence[Score]) -> Table:
     for shape, score in zip(shapes, scores, strict=True):
         each.setdefault(shape, []).append(score.accuracy)
     ranked = sorted(each.items(), key=lambda item: -sum(item[1]) / len(item[1]))
-    rows = tuple((f"`{shape}`", len(a), sum(a) / len(a), max(a)) for shape, a in ranked)
+    rows = tuple((code(shape), len(a), sum(a) / len(a), max(a)) for shape, a in ranked)
     return Table("Accuracy on the training rows by shape", ("shape", "prompts", "mean", "best"), rows)

@@ -12,6 +12,7 @@ from typing import Any
 
 from deltaprompt.errors import ConfigError, TrainingError
 from deltaprompt.model.generator import Trainable
+from deltaprompt.store import write_text
 from deltaprompt.trainer.accelerated import is_main
 from deltaprompt.trainer.fitting import fit
 from deltaprompt.trainer.kept import note
@@ -183,4 +184,4 @@ def told_of(each: Sequence[Metrics]) -> dict[str, dict[str, Any]]:
 def written(path: Path, result: Mapping[str, Any]) -> None:
     """Keeps a result, of several processes once."""
     if is_main():
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        write_text(path, json.dumps(result, indent=1) + "\n")

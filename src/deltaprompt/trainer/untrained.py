@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from deltaprompt.model import Model
 from deltaprompt.model.generator import Trainable
+from deltaprompt.model.starting import calibrate
 from deltaprompt.trainer import failures
 from deltaprompt.trainer.accelerated import Lone, is_main
 from deltaprompt.trainer.kept import Kept
@@ -34,7 +35,7 @@ def begin(model: Model, plan: Plan, slot: int) -> None:
     """A verbalizer is given its start, and a calibration is measured."""
     rows = plan.training.batch_size
     model.start(plan.train, slot, rows, plan.unlabelled)
-    model.calibrate(plan.unlabelled or plan.train, slot, rows)
+    calibrate(model, plan.unlabelled or plan.train, slot, rows)
 
 
 def given(model: Trainable, plan: Plan, slot: int, kept: Kept | None) -> Run:

@@ -7,10 +7,11 @@ constants (ids of words) are worked out once.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +25,12 @@ from deltaprompt.types import AtMask
 PRIOR = "prior"  # the name of the tensor that a calibration measured
 
 
+class AnswerIds(Protocol):
+    """The token ids of a word as it stands at a mask."""
+
+    def __call__(self, word: str, mask: int = 0) -> list[int]: ...
+
+
 @dataclass(frozen=True)
 class Setting:
     """What a verbalizer may know of its task: the classes in order, the kind and the width of the backbone's states."""
@@ -31,7 +38,7 @@ class Setting:
     labels: tuple[str, ...]
     kind: Kind
     width: int
-    answer_ids: Callable[[str], list[int]]  # a word -> its token ids as it stands at the mask
+    answer_ids: AnswerIds
     masks: int = 1  # `{mask}`s of the template
     vocabulary: int = 0  # rows of the output embedding
     whole_words: Callable[[], list[int]] = list  # ids of the tokens that are words by themselves at the mask
@@ -53,6 +60,10 @@ class Verbalizer(ABC):
     def scores(self, w: Weights, s: Setting, at: AtMask) -> Tensor:
         """Class scores [b, c] whose softmax is the prediction; `w` holds both kinds of tensors."""
 
+    def shown(self, label: str) -> tuple[str, ...]:
+        """What stands at each `{mask}` of the label's demonstrations: at one, its name, unless a class says better."""
+        return (label.replace("_", " "),)
+
 
 class Answers(ABC):
     """A verbalizer whose answers are tokens: it says how many a word may have."""
@@ -67,7 +78,7 @@ class Phrased(Answers, ABC):
 
     @abstractmethod
     def phrases(self, labels: tuple[str, ...]) -> tuple[str, ...]:
-        """The text of each label, a template of fields."""
+        """The text of each label, a template of fields. A text without one has its own length, not `answer_lengths`."""
 
 
 class Worded(ABC):
@@ -90,6 +101,7 @@ class Started(ABC):
 
     begun: ClassVar[str]  # a tensor that is all zero before the start, without which there is no answer; "" for none
     labelled: ClassVar[bool] = True  # whether the support needs labels
+    most: ClassVar[int | None] = None  # examples of the support that it looks at, at most
 
     def texts(self, s: Setting) -> Sequence[str]:
         """The texts, besides the support, whose states it starts from; none unless a class says so."""
@@ -141,11 +153,6 @@ def cosine(z: Tensor, h: Tensor) -> Tensor:
     return (functional.normalize(z, dim=-1) @ functional.normalize(h, dim=-1)[..., None]).squeeze(-1)
 
 
-def standardised(scores: Tensor) -> Tensor:
-    """Mean 0 and standard deviation 1 over the classes of each row."""
-    return (scores - scores.mean(-1, keepdim=True)) / scores.std(-1, keepdim=True).clamp(min=1e-6)
-
-
 def class_means(support: Tensor, classes: Tensor, count: int) -> Tensor:
     """The mean of each class's rows: [n, k], [n] -> [c, k]; 0 for a class without rows."""
     known = classes >= 0
@@ -158,6 +165,12 @@ def each_has_examples(s: Setting, classes: Tensor, what: str, mend: str = "") ->
     counts = torch.bincount(classes[classes >= 0], minlength=len(s.labels)).tolist()
     if empty := [label for label, n in zip(s.labels, counts, strict=True) if not n]:
         raise ConfigError(f"no training example of {', '.join(map(repr, empty))} to start {what} from{mend}")
+
+
+def check_scale(name: str, scale: float) -> None:
+    """Checks an inverse temperature."""
+    if not 0 < scale < math.inf:
+        raise ConfigError(f"{name}: got scale={scale}; scale > 0 is possible")
 
 
 def of_each(given: Mapping[str, object], labels: Sequence[str], what: str) -> None:

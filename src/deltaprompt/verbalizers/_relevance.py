@@ -1,7 +1,8 @@
-"""R(v) = r(v, own) / mean_{y ≠ own} r(v, y): how much more a word goes with its own class (KPT, Hu et al. 2022, eq. 3).
+"""What refines words: how likely their tokens are, and R(v) = r(v, own) / mean_{y ≠ own} r(v, y) (KPT, Hu et al. 2022).
 
-r is the cosine of two words' scores over a support, each centred; a word with R < 1 goes with other classes more. Their
-released code differs: a power mean of the others, and one share of words for all classes, cut where R is nearest to 1.
+R (equation 3) is how much more a word goes with its own class: r is the cosine of two words' scores over a support,
+each centred; a word with R < 1 goes with other classes more. Their released code differs: a power mean of the others,
+no word of R = 0, and one share of words for all classes, cut where R is nearest to 1.
 """
 
 from __future__ import annotations
@@ -11,11 +12,25 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 
+def frequent(every: Tensor, ids: Tensor, lengths: Tensor, share: float) -> Tensor:
+    """The words [u] of which no token is among the least likely ones, a share of the vocabulary.
+
+    Args:
+        every: how likely each token is [V].
+        ids: tokens of the words [u, t].
+        lengths: how many each word has [u].
+        share: of the vocabulary.
+    """
+    rank = every.argsort().argsort().float()  # 0 for the least likely token
+    inside = torch.arange(ids.shape[1], device=every.device) < lengths[:, None]  # [u, t]
+    return rank[ids].masked_fill(~inside, torch.inf).amin(-1) >= share * len(every)
+
+
 def relevant(support: Tensor, member: Tensor, name: Tensor, kept: Tensor, legacy: bool = False) -> Tensor:
     """Which words to keep: [u].
 
     Args:
-        support: log-probabilities of the words, of n texts [n, u].
+        support: log-probabilities (or logits, as in the released code) of the words, of n texts [n, u].
         member: which words are a class's [c, u].
         name: the word that is the class's name [c].
         kept: words that are still in question [u].
@@ -26,7 +41,7 @@ def relevant(support: Tensor, member: Tensor, name: Tensor, kept: Tensor, legacy
     score = _scores(support, member, name, d)
     if not legacy:
         return kept & (score >= 1)
-    orders = [_by_score(score, own & kept) for own in member]
+    orders = [_by_score(score, own & kept & (score > 0)) for own in member]
     shares = [i / 100 for i in range(1, 101)]
     best = min(shares, key=lambda share: sum(_miss(score, order, share) for order in orders))
     found = torch.zeros_like(kept)
@@ -42,8 +57,10 @@ def _scores(support: Tensor, member: Tensor, name: Tensor, d: float) -> Tensor:
     """
     centred = normalize(support - support.mean(0), dim=0)  # [n, u]
     r, own = (centred.T @ centred[:, name]).clamp(min=0), member.T  # [u, c]
-    others = r.masked_fill(own, 0.0).pow(d).sum(-1) / max(len(member) - 1, 1)
-    score = r.masked_fill(~own, 0.0).amax(-1) / others.pow(1 / d)
+    others = r.masked_fill(own, 0.0)
+    most = others.amax(-1, keepdim=True).clamp(min=torch.finfo(r.dtype).tiny)  # d is 1001 for two classes
+    mean = most[:, 0] * ((others / most).pow(d).sum(-1) / max(len(member) - 1, 1)).pow(1 / d)
+    score = r.masked_fill(~own, 0.0).amax(-1) / mean
     return score.nan_to_num(nan=0.0, posinf=torch.finfo(score.dtype).max)
 
 

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from deltaprompt.errors import ConfigError
+from deltaprompt.errors import ConfigError, check_one_of
 from deltaprompt.params import Param, Weights, zeros
 from deltaprompt.types import AtMask
 from deltaprompt.verbalizers._base import (
@@ -24,7 +24,8 @@ from deltaprompt.verbalizers._base import (
     each_has_examples,
     without_prior,
 )
-from deltaprompt.verbalizers._words import Mean, best_apart, of_classes, one_mask, vocabulary
+from deltaprompt.verbalizers._likelihood import Mean, check_mean, of_classes, vocabulary
+from deltaprompt.verbalizers._words import best_apart, one_mask
 
 LEAST = 1e-30  # of 1 − p, where one word has all of it
 
@@ -45,13 +46,13 @@ class Automatic(Verbalizer, Worded, Started):
     score: str = "ratio"
     mean: Mean = "arithmetic"
     begun: ClassVar[str] = "ids"
+    most: ClassVar[int] = 2000  # of each it is given a row as wide as the vocabulary
 
     def __post_init__(self) -> None:
-        if self.size < 1 or self.candidates < 1 or self.score not in ("ratio", "likelihood"):
-            raise ConfigError(
-                f"automatic: got size={self.size}, candidates={self.candidates}, score={self.score!r}; possible: size "
-                "and candidates >= 1, score ratio or likelihood"
-            )
+        check_mean(self.mean)
+        check_one_of("score", self.score, ("ratio", "likelihood"))
+        if self.size < 1 or self.candidates < 1:
+            raise ConfigError(f"automatic: got size={self.size}, candidates={self.candidates}; both >= 1 are possible")
 
     def params(self, s: Setting) -> Mapping[str, Param]:
         return {"ids": Param((len(s.labels), self.size), zeros, trains=False)}  # float32 holds every id below 2^24

@@ -25,7 +25,8 @@ from deltaprompt.verbalizers._base import (
     pooled,
     without_prior,
 )
-from deltaprompt.verbalizers._words import Wordable, of_classes, scored
+from deltaprompt.verbalizers._likelihood import of_classes, scored
+from deltaprompt.verbalizers._words import Wordable
 
 SMOOTH = 1e-12  # keeps a distance's gradient finite where an example lies on its prototype, as that of one shot does
 

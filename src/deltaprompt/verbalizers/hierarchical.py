@@ -5,25 +5,26 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from deltaprompt.errors import ConfigError, nearest
+from deltaprompt.errors import ConfigError, check_one_of, nearest
 from deltaprompt.hierarchy import way
 from deltaprompt.params import Param, Weights
 from deltaprompt.types import AtMask
-from deltaprompt.verbalizers._base import Answers, Setting, Verbalizer, Worded, normalised, without_prior
-from deltaprompt.verbalizers._words import Mean, lengths_of, one_mask, scored, table, tuple_of
+from deltaprompt.verbalizers._base import Setting, Verbalizer, normalised, without_prior
+from deltaprompt.verbalizers._likelihood import Mean, check_mean, scored
+from deltaprompt.verbalizers._words import OfWords, apart, table, tuple_of, word_ids
 
-Ids = tuple[int, ...]
 SMALL = ("and", "of", "or")  # words that say nothing of a type: /WORK_OF_ART is work, art
 REST = "other"  # the name of what is left of a type, and of no type: person-other is person
 
 
 @dataclass(frozen=True)
-class Hierarchical(Verbalizer, Answers, Worded):
+class Hierarchical(OfWords, Verbalizer):
     """Words of type paths such as "/person/artist/actor" or "person-artist/author"; nothing is trained.
 
     Words of several tokens count whole (the official code takes the first one); those that labels share, only once.
@@ -39,6 +40,14 @@ class Hierarchical(Verbalizer, Answers, Worded):
     mean: Mean = "geometric"
     words: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        check_one_of("of", self.of, ("path", "leaf"))
+        check_mean(self.mean)
+
+    def shown(self, label: str) -> tuple[str, ...]:
+        """The most special of its words."""
+        return (self.named(label)[-1],)
+
     def named(self, label: str) -> tuple[str, ...]:
         """The words that stand for a label, the most general first."""
         if label in self.words:
@@ -49,46 +58,30 @@ class Hierarchical(Verbalizer, Answers, Worded):
         words = [part.lower() if part.isupper() else part for part in parts if part]
         return tuple(dict.fromkeys(word for word in words if word not in SMALL)) or (label,)
 
-    def _ids(self, s: Setting) -> dict[str, list[Ids]]:
-        """The distinct words of every label, as token ids."""
-        if s.kind == "encoder":
-            raise ConfigError("type words need a language model; for an encoder use label_descriptions or prototypes")
+    def ids(self, s: Setting) -> list[tuple[int, list[int]]]:
         for label in self.words:
             if label not in s.labels:
                 raise ConfigError(f"there is no label {label!r} to have words{nearest(label, s.labels)}")
-        words = {label: self.named(label) for label in s.labels}
-        known = {word: tuple(s.answer_ids(word)) for own in words.values() for word in own}
-        found = {label: list(dict.fromkeys(known[word] for word in own)) for label, own in words.items()}
-        first: dict[tuple[Ids, ...], str] = {}
-        for label, own in found.items():  # of ice_water and water_ice the scores are alike, and what is learned is not
-            if (other := first.setdefault(tuple(own), label)) != label:
-                raise ConfigError(
-                    f"labels {other!r} and {label!r} have the same words to this vocabulary; give one others"
-                )
+        found = word_ids({label: self.named(label) for label in s.labels}, s)
+        apart(s.labels, found)
         return found
 
-    def answer_lengths(self, s: Setting) -> tuple[int, ...]:
-        one_mask(s, "type words answer")
-        return lengths_of([(0, list(ids)) for own in self._ids(s).values() for ids in own])
-
     def units(self, s: Setting) -> int:
-        return len({ids for own in self._ids(s).values() for ids in own})
+        return len({tuple(ids) for _, ids in self.ids(s)})
 
     def params(self, s: Setting) -> Mapping[str, Param]:
         return {}
 
     def constants(self, s: Setting) -> Mapping[str, Tensor]:
         """The distinct words; of each label which of them are its own, at [c, k], and how many it has, has [c, k]."""
-        found = self._ids(s)
-        number = {ids: i for i, ids in enumerate(dict.fromkeys(ids for own in found.values() for ids in own))}
-        most = max(map(len, found.values()))
-        at = [[number[ids] for ids in own] + [0] * (most - len(own)) for own in found.values()]
-        has = [[i < len(own) for i in range(most)] for own in found.values()]
+        found = [(c, tuple(ids)) for c, ids in self.ids(s)]
+        number = {ids: i for i, ids in enumerate(dict.fromkeys(ids for _, ids in found))}
+        own = [[number[ids] for _, ids in of] for _, of in groupby(found, lambda word: word[0])]
+        most = max(map(len, own))
+        at = [numbers + [0] * (most - len(numbers)) for numbers in own]
+        has = [[i < len(numbers) for i in range(most)] for numbers in own]
         words = table([(0, list(ids)) for ids in number], 1)
         return {"ids": words["ids"], "lengths": words["lengths"], "at": torch.tensor(at), "has": torch.tensor(has)}
-
-    def word_scores(self, w: Weights, s: Setting, at: AtMask) -> Tensor:
-        return scored(w, s, at)
 
     def scores(self, w: Weights, s: Setting, at: AtMask) -> Tensor:
         words = without_prior(w, scored(w, s, at))[:, w["at"]]  # [b, c, k]

@@ -16,13 +16,14 @@ from torch import Tensor
 from deltaprompt.errors import ConfigError
 from deltaprompt.params import Param, Weights, ones, zeros
 from deltaprompt.types import AtMask
-from deltaprompt.verbalizers._base import Answers, Setting, Started, Verbalizer, Worded, normalised, without_prior
-from deltaprompt.verbalizers._relevance import relevant
-from deltaprompt.verbalizers._words import Mean, lengths_of, of_classes, one_mask, scored, table, vocabulary, word_ids
+from deltaprompt.verbalizers._base import Setting, Started, Verbalizer, normalised, without_prior
+from deltaprompt.verbalizers._likelihood import Mean, check_mean, of_classes, scored, vocabulary
+from deltaprompt.verbalizers._relevance import frequent, relevant
+from deltaprompt.verbalizers._words import OfWords, tuple_of, word_ids
 
 
 @dataclass(frozen=True)
-class Knowledgeable(Verbalizer, Answers, Worded, Started):
+class Knowledgeable(OfWords, Verbalizer, Started):
     """Words from a knowledge base, the class's name the first; one learned weight a word.
 
     Calibrate it with `contextualised`, as the paper does; the refinement itself looks at uncalibrated scores.
@@ -43,55 +44,54 @@ class Knowledgeable(Verbalizer, Answers, Worded, Started):
     relevance: bool = True
     mean: Mean = "arithmetic"
     legacy: bool = False
-    begun: ClassVar[str] = ""
+    begun: ClassVar[str] = "kept"
     labelled: ClassVar[bool] = False
+    most: ClassVar[int] = 200  # the paper's number
 
     def __post_init__(self) -> None:
+        check_mean(self.mean)
         if self.longest < 1 or not 0 <= self.frequency < 1:
             raise ConfigError(
                 f"knowledgeable: got longest={self.longest}, frequency={self.frequency}; longest >= 1 and "
                 "0 <= frequency < 1 are possible"
             )
 
-    def _ids(self, s: Setting) -> list[tuple[int, list[int]]]:
-        return word_ids(self.words, s, self.longest)
-
-    def answer_lengths(self, s: Setting) -> tuple[int, ...]:
-        one_mask(s)
-        return lengths_of(self._ids(s))
-
-    def units(self, s: Setting) -> int:
-        return len(self._ids(s))
+    def ids(self, s: Setting) -> list[tuple[int, list[int]]]:
+        found = word_ids(self.words, s, self.longest)
+        for c, label in enumerate(s.labels):
+            name = s.answer_ids(tuple_of(self.words[label])[0])
+            if (c, name) not in found:
+                raise ConfigError(
+                    f"the name of {label!r}, its first word, has {len(name)} tokens; raise longest, or put a shorter "
+                    "word first"
+                )
+        return found
 
     def params(self, s: Setting) -> Mapping[str, Param]:
-        words = self.units(s)
-        return {"alpha": Param((words,), zeros), "kept": Param((words,), ones, trains=False)}
-
-    def constants(self, s: Setting) -> Mapping[str, Tensor]:
-        return table(self._ids(s), len(s.labels))
+        words, kept = self.units(s), zeros if self.frequency or self.relevance else ones
+        return {"alpha": Param((words,), zeros), "kept": Param((words,), kept, trains=False)}
 
     def observed(self, w: Weights, s: Setting, at: AtMask) -> Tensor:
-        return torch.cat([normalised(scored(w, s, at)), vocabulary(at)], -1)
+        words = scored(w, s, at)
+        return torch.cat([words if self.legacy else normalised(words), vocabulary(at)], -1)
 
     def start(self, w: Weights, s: Setting, texts: Tensor, support: Tensor, classes: Tensor) -> Mapping[str, Tensor]:
-        if len(support) < 2:
+        if not self.frequency and not self.relevance:
             return {}
+        if len(support) < 2:
+            raise ConfigError(
+                f"words are refined by what a model says to texts, and got {len(support)}; give more, labelled or not, "
+                "or frequency=0 and relevance=False"
+            )
         known = {n: t.to(support.device) for n, t in self.constants(s).items()}
         member, (words, every) = known["member"], support.tensor_split([len(known["ids"])], dim=1)
-        every = every.mean(0)  # [V]
         name = member.int().argmax(-1)  # [c], the first word of each class
-        rank = every.argsort().argsort().float()  # 0 for the least likely token
-        inside = torch.arange(known["ids"].shape[1], device=every.device) < known["lengths"][:, None]  # [u, t]
-        lowest = rank[known["ids"]].masked_fill(~inside, torch.inf).amin(-1)
-        kept = lowest >= self.frequency * len(every)
+        kept = frequent(every.mean(0), known["ids"], known["lengths"], self.frequency)
         kept[name] = True
         if self.relevance:
             kept &= relevant(words, member, name, kept, self.legacy)
             kept[name] = True
         return {"kept": kept.float()}
-
-    def word_scores(self, w: Weights, s: Setting, at: AtMask) -> Tensor:
-        return scored(w, s, at)
 
     def scores(self, w: Weights, s: Setting, at: AtMask) -> Tensor:
         weights = w["alpha"].masked_fill(w["kept"] == 0, -torch.inf)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deltaprompt.params import Param, Weights, zeros
 from deltaprompt.types import AtMask
-from deltaprompt.verbalizers._base import Setting, Started, Verbalizer, cosine, of_each, pooled
+from deltaprompt.verbalizers._base import Setting, Started, Verbalizer, check_scale, cosine, of_each, pooled
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,11 @@ class LabelDescriptions(Verbalizer, Started):
     descriptions: Mapping[str, str]
     scale: float = 20.0
     begun: ClassVar[str] = "z"
+    labelled: ClassVar[bool] = False
+    most: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        check_scale("label_descriptions", self.scale)
 
     def params(self, s: Setting) -> Mapping[str, Param]:
         return {"z": Param((len(s.labels), s.width), zeros)}

@@ -24,12 +24,13 @@ from deltaprompt.verbalizers._base import (
     class_means,
     cosine,
     each_has_examples,
+    normalised,
     pooled,
-    standardised,
     without_prior,
 )
 from deltaprompt.verbalizers._contrast import contrast
-from deltaprompt.verbalizers._words import Wordable, of_classes, scored
+from deltaprompt.verbalizers._likelihood import of_classes, scored
+from deltaprompt.verbalizers._words import Wordable
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,10 @@ class ProtoVerb(Wordable, Verbalizer, Started, Trained):
     Args:
         dim: k, of that space.
         scale: τ, the inverse temperature of the cosines.
-        words: words of each label, whose scores then count as much as the prototypes' (both standardised over the
-            classes); none for prototypes alone.
-        legacy: as their code: no temperature, and an example's pair with itself counts as one of its class.
+        words: words of each label, whose log-probabilities then count as much as the prototypes'; none for
+            prototypes alone. (The paper standardises the scores of both, which of two classes leaves only a sign.)
+        legacy: the loss as in their code: no temperature, an example's pair with itself counts as one of its class, and
+            all is divided by the number of classes.
     """
 
     dim: int = 64
@@ -72,13 +74,13 @@ class ProtoVerb(Wordable, Verbalizer, Started, Trained):
         if not self.words:
             return without_prior(w, self._prototypes(w, at))
         words = of_classes(without_prior(w, scored(w, s, at)), w["member"], "arithmetic")
-        return (standardised(self._prototypes(w, at)) + standardised(words)) / 2
+        return (normalised(self._prototypes(w, at)) + words) / 2
 
     def loss(self, w: Weights, s: Setting, at: AtMask, scores: Tensor, classes: Tensor) -> Tensor:
         v = normalize(self._embedded(w, at), dim=-1)  # [b, k]
-        return cross_entropy(self._prototypes(w, at), classes) + contrast(
-            v, classes, self._scale, with_itself=self.legacy
-        )
+        found = contrast(v, classes, self._scale, with_itself=self.legacy)
+        found = found + cross_entropy(self._prototypes(w, at), classes)
+        return found / len(s.labels) if self.legacy else found
 
     @property
     def _scale(self) -> float:

@@ -19,6 +19,7 @@ from deltaprompt.verbalizers._base import (
     Setting,
     Started,
     Verbalizer,
+    check_scale,
     class_means,
     cosine,
     each_has_examples,
@@ -41,6 +42,9 @@ class Prototypes(Verbalizer, Started):
     descriptions: Mapping[str, str] = field(default_factory=dict)
     description_weight: float = 1.0
     begun: ClassVar[str] = "z"
+
+    def __post_init__(self) -> None:
+        check_scale("prototypes", self.scale)
 
     def params(self, s: Setting) -> Mapping[str, Param]:
         return {"z": Param((len(s.labels), s.width), zeros)}

@@ -31,6 +31,18 @@ class Rules(Verbalizer, Trained):
     rules: Mapping[str, tuple[str | tuple[str, ...], ...]]
     auxiliary: float = 1.0
 
+    def __post_init__(self) -> None:
+        for label, rule in self.rules.items():
+            given: object = rule
+            if isinstance(given, str):
+                raise ConfigError(
+                    f"the rule of {label!r} is one text, {rule!r}; write what stands at each mask: a tuple"
+                )
+
+    def shown(self, label: str) -> tuple[str, ...]:
+        """The first word at each mask."""
+        return tuple(tuple_of(words)[0] for words in self.rules[label])
+
     def params(self, s: Setting) -> Mapping[str, Param]:
         return {}
 
@@ -60,7 +72,7 @@ class Rules(Verbalizer, Trained):
         rule = self.rules[label]
         if len(rule) != s.masks:
             raise ConfigError(f"the rule of {label!r} has words for {len(rule)} masks, and the template has {s.masks}")
-        found = {word: s.answer_ids(word) for word in tuple_of(rule[m])}
+        found = {word: s.answer_ids(word, m) for word in tuple_of(rule[m])}
         for word, ids in found.items():
             if len(ids) > 1:
                 raise ConfigError(

@@ -13,7 +13,8 @@ from torch import Tensor
 from deltaprompt.params import Param, Weights, normal, zeros
 from deltaprompt.types import AtMask
 from deltaprompt.verbalizers._base import Setting, Verbalizer, pooled, without_prior
-from deltaprompt.verbalizers._words import Wordable, of_classes, scored
+from deltaprompt.verbalizers._likelihood import of_classes, scored
+from deltaprompt.verbalizers._words import Wordable
 
 
 @dataclass(frozen=True)

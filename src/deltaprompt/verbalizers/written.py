@@ -23,7 +23,7 @@ class Written(Verbalizer, Phrased):
     Args:
         texts: of each label, in the template language; only text and fields.
         per_token: whether the likelihood is a mean over the text's tokens, so that long texts are not behind.
-        longest: tokens of a text at most; a longer one is an error.
+        longest: tokens of a text with fields at most, for which a prompt leaves room; a longer one is an error.
     """
 
     texts: Mapping[str, str]
