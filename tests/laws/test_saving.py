@@ -78,6 +78,8 @@ def model_of(backbone, task=None, deltas=("lora",), seeds=(0,)):
     for name, tensor in model.scorer.tensors.items():
         if name == "ids":  # of chosen words
             tensor.data.copy_(torch.arange(5, 5 + tensor.numel()).reshape(tensor.shape))
+        if name == "kept":  # all words but the last
+            tensor.data[..., :-1] = 1
     try:
         yield model
     finally:

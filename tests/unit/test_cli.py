@@ -159,7 +159,7 @@ def test_without_a_test_file_and_without_a_folder(tiny, reviews):
     assert (told["test"], told["out"], told["bytes"]) == (None, None, 0)
     done = succeeds(*arguments)
     assert "not saved" in done.stdout
-    assert "the default for the kind encoder" in done.stderr
+    assert "(encoder): template '{text}' (the default for that kind)" in done.stderr
 
 
 def test_a_language_model_has_a_mask_in_its_default_template(reviews, tmp_path):

@@ -191,8 +191,8 @@ def test_a_task_needs_two_labels_each_once(labels):
     ("words", "message"),
     [
         ({"a": "good", "b": []}, "label 'b' has no words"),
-        ({"a": "good", "b": ""}, "'' has no tokens in this vocabulary; choose another word"),
-        ({"a": "good", "b": ["bad", " "]}, "'' has no tokens in this vocabulary"),
+        ({"a": "good", "b": ""}, "a word of label 'b' is empty; leave it out"),
+        ({"a": "good", "b": ["bad", " "]}, "a word of label 'b' is empty; leave it out"),
     ],
 )
 def test_a_label_needs_words(words, message):

@@ -752,7 +752,7 @@ def test_what_does_not_go_together() -> None:
     bert, llama = backbones_zoo.build("bert"), backbones_zoo.build("llama")
     refused(ConfigError, "objective = 'causal' does not go with a backbone of kind 'masked'", bert, objective("causal"))
     refused(ConfigError, "length = 200 is more than the 64 tokens", bert, dataclasses.replace(FAST, length=200))
-    refused(ConfigError, "rows of 14, and a step takes 4", bert, train=["a great movie"])
+    refused(DataError, "rows of 14, and a step takes 4", bert, train=["a great movie"])
     refused(ConfigError, "there is no text to train on", bert, train=[])
     refused(ConfigError, "without deltas all of the model trains", bert, dataclasses.replace(FAST, head=True))
     refused(SiteError, "Prefix has no form in weights", bert, deltas=[Prefix(length=2)])

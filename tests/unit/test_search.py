@@ -83,7 +83,8 @@ def by_hand(backbone: Any, task: dp.Task, rows: Sequence[Example]) -> Tensor:
     model = dp.adapt(backbone, task)
     if "{demos" in task.template:
         model.demonstrate(TRAIN)
-    model.calibrate(TRAIN)
+    if task.calibration is not None:
+        model.calibrate(TRAIN)
     found = model.probabilities(rows)
     model.adapted.remove()
     return found
@@ -292,7 +293,7 @@ def test_train_ranks_dev_chooses_and_test_is_measured() -> None:
     assert all(task in tasks for task in ordered)
     assert result.task == ordered[0]
     names = [answer.name for answer in result.answers]
-    assert names == ["baseline", "chosen", "ensemble of 3"]
+    assert names == ["baseline", "chosen", "ensemble"]
     gold = torch.tensor([TASK.names.index(str(row.label)) for row in TEST])
     together = mixed([by_hand(backbone, task, TEST) for task in ordered[:3]])
     for answer, p in zip(
@@ -652,7 +653,7 @@ def test_templates_are_written_by_one_model_and_chosen_for_another() -> None:
     assert all(c.task.labels == TASK.labels and parse(c.task.template).masks == 1 for c in result.shortlist)
     assert result.tables[0].title == "What was written"
     assert [row[1] for row in result.tables[0].rows] == [6, 6]
-    assert {a.name for a in result.answers} == {"baseline", "chosen", "ensemble of 2"}
+    assert {a.name for a in result.answers} == {"baseline", "chosen", "ensemble"}
     assert all(torch.equal(t, before[name]) for name, t in writer.model.state_dict().items())
 
 

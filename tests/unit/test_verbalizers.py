@@ -30,7 +30,7 @@ LABELS = ("up", "down", "so")
 
 
 def setting(whole=()):
-    return Setting(LABELS, "masked", 4, lambda word: [len(word)], 1, 50, lambda: list(whole))
+    return Setting(LABELS, "masked", 4, lambda word: [len(word)], 1, 50, whole_words=lambda: list(whole))
 
 
 def at(hidden):

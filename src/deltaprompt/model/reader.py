@@ -257,6 +257,7 @@ def setting_of(backbone: Backbone, task: Task, features: Features) -> Setting:
         features.answer_ids,
         features.template.masks,
         0 if backbone.head is None else backbone.head.size,
+        task.several,
         features.whole_words,
     )
 

@@ -41,6 +41,7 @@ class Setting:
     answer_ids: AnswerIds
     masks: int = 1  # `{mask}`s of the template
     vocabulary: int = 0  # rows of the output embedding
+    several: bool = False  # whether an example may have several labels
     whole_words: Callable[[], list[int]] = list  # ids of the tokens that are words by themselves at the mask
 
 

@@ -63,7 +63,8 @@ class Hierarchical(OfWords, Verbalizer):
             if label not in s.labels:
                 raise ConfigError(f"there is no label {label!r} to have words{nearest(label, s.labels)}")
         found = word_ids({label: self.named(label) for label in s.labels}, s)
-        apart(s.labels, found)
+        if not s.several:  # else what is learned of each label tells them apart
+            apart(s.labels, found)
         return found
 
     def units(self, s: Setting) -> int:
