@@ -12,7 +12,7 @@ from deltaprompt.verbalizers._base import class_means, cosine, squared_distance
 
 Metric: TypeAlias = Literal["distance", "cone", "gaussian"]
 SMOOTH = 1e-12  # keeps the gradient of a distance finite where a state lies on its centre
-FLAT = 1e-6  # of the widest class's spread: what is below it is the rounding of one example, or of copies of it
+FLAT = 1e-6  # of the widest class's spread: what is below it is rounding, of copies of one example
 
 
 def measured(metric: Metric, z: Tensor, e: Tensor, h: Tensor) -> Tensor:
@@ -50,12 +50,12 @@ def radii(
     """
     apart = _apart(metric, z[classes], support)  # [n]
     spread = class_means(apart[:, None], classes, len(z))[:, 0]
-    flat = spread <= FLAT * spread.max()
+    k = torch.bincount(classes[classes >= 0], minlength=len(z))
+    flat = (k < 2) | (spread <= FLAT * spread.max())
     spread = spread.masked_fill(flat, 1.0)  # whose root has a gradient
     if metric == "gaussian":
         spread = spread.sqrt()
     if unbiased:
-        k = torch.bincount(classes[classes >= 0], minlength=len(z))
         spread = spread * ((k + 1) / (k - 1).clamp(min=1)).sqrt()
     if one_shot is not None:
         return spread.masked_fill(flat, one_shot)
