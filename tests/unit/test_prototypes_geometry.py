@@ -30,6 +30,7 @@ EXACT = {"atol": 1e-9, "rtol": 1e-9}
 OTHERS = {
     "proto_net": ProtoNet(),
     "dot": ProtoNet(metric="dot"),
+    "proto_net_unit": ProtoNet(unit=True, scale=20.0),
     "nn_shot": NNShot(each=2),
     "nn_shot_cosine": NNShot(each=3, metric="cosine"),
     "spherical": SphericalPrototypes(),
@@ -41,6 +42,7 @@ SPHERES = {
     "abs": HyperProto(inside="abs", radius="abs"),
     "cone": HyperProto(metric="cone"),
     "gaussian": HyperProto(metric="gaussian"),
+    "unit": HyperProto(unit=True, scale=20.0),
     "softplus": HyperProto(radius="softplus", one_shot=0.5),
     "unbiased": HyperProto(metric="gaussian", radius="softplus", unbiased=True),
 }
@@ -92,7 +94,7 @@ def test_with_equal_radii_a_sphere_is_its_centre():
     assert_close(squared, -want.square(), **EXACT)
 
 
-@pytest.mark.parametrize("name", [n for n in SPHERES if n != "cone"] + ["proto_net", "nn_shot"])
+@pytest.mark.parametrize("name", [n for n in SPHERES if n not in ("cone", "unit")] + ["proto_net", "nn_shot"])
 def test_what_is_measured_by_distances_does_not_change_where_all_is_moved(name):
     support, h, by = seeded(6, 5), seeded(7, 5, seed=1), 3 * seeded(5, seed=2)
     classes = torch.arange(6) % 2
@@ -193,6 +195,15 @@ def test_one_example_has_no_spread_and_is_given_one(metric):
         assert_close(got, torch.tensor([float(known), want, want, want], dtype=torch.float64), **EXACT)
     alone = spreads(HyperProto(metric=metric), support[:3], torch.arange(3), 3)[1]
     assert alone.tolist() == [1.0 if metric == "gaussian" else 0.0] * 3
+
+
+def test_on_the_unit_sphere_only_directions_count():
+    support, h, classes = seeded(6, 5), seeded(9, 5, seed=1), torch.tensor([0, 0, 1, 1, 1, 0])
+    long = torch.linspace(0.5, 4, 6, dtype=torch.float64)[:, None]
+    for name, plain in (("unit", HyperProto(scale=20.0)), ("proto_net_unit", ProtoNet(scale=20.0))):
+        got = scores(NEW[name], started(NEW[name], long * support, classes, 2), 3 * h)
+        want = scores(plain, started(plain, normalize(support, dim=1), classes, 2), normalize(h, dim=1))
+        assert_close(got, want, **EXACT)
 
 
 def test_all_of_one_example_are_prototypes():
@@ -598,6 +609,7 @@ def test_each_row_may_be_of_another_adaptation(name):
         (lambda: HyperProto(radius="exp"), "radius = 'exp' is not possible; possible: raw, abs, softplus"),
         (lambda: HyperProto(scale=0), "hyper_proto: got scale=0; scale > 0 is possible"),
         (lambda: HyperProto(metric="cone", inside="zero"), "inside='zero' is of the metric 'distance'; leave one"),
+        (lambda: HyperProto(metric="cone", unit=True), "hyper_proto: a cone sees only directions; leave unit out"),
         (lambda: HyperProto(one_shot=-1), "hyper_proto: got one_shot=-1; 0 or more is possible"),
         (lambda: HyperProto(one_shot=math.nan), "got one_shot=nan; 0 or more"),
         (lambda: HyperProto(metric="gaussian", one_shot=0.0), "got one_shot=0.0; above 0 is possible"),

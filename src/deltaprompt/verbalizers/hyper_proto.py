@@ -12,7 +12,7 @@ from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import normalize, softplus
 
 from deltaprompt.errors import ConfigError, check_one_of
 from deltaprompt.params import Param, Weights, zeros
@@ -35,7 +35,8 @@ class HyperProto(Verbalizer, Started):
             if all have one example 0 (of a Gaussian 1).
         unbiased: ε starts as that of new examples, √((k + 1) / (k − 1)) times that of the k that made the centre. Where
             classes have unequally many examples, those of few are behind without it.
-        scale: τ, the inverse temperature.
+        unit: whether states are taken to the unit sphere first, as DecT's are; a cone sees only directions anyway.
+        scale: τ, the inverse temperature; on the unit sphere distances are short, and 20 is a start.
     """
 
     metric: Metric = "distance"
@@ -43,6 +44,7 @@ class HyperProto(Verbalizer, Started):
     radius: Literal["raw", "abs", "softplus"] = "raw"
     one_shot: float | None = None
     unbiased: bool = False
+    unit: bool = False
     scale: float = 1.0
     begun: ClassVar[str] = "z"
 
@@ -53,6 +55,8 @@ class HyperProto(Verbalizer, Started):
         check_scale("hyper_proto", self.scale)
         if self.metric != "distance" and self.inside != "signed":
             raise ConfigError(f"hyper_proto: inside={self.inside!r} is of the metric 'distance'; leave one of them out")
+        if self.metric == "cone" and self.unit:
+            raise ConfigError("hyper_proto: a cone sees only directions; leave unit out")
         one, gaussian = self.one_shot, self.metric == "gaussian"
         if one is not None and (not 0 <= one < torch.inf or (gaussian and one == 0)):
             raise ConfigError(f"hyper_proto: got one_shot={one}; {'above 0' if gaussian else '0 or more'} is possible")
@@ -68,6 +72,7 @@ class HyperProto(Verbalizer, Started):
 
     def start(self, w: Weights, s: Setting, texts: Tensor, support: Tensor, classes: Tensor) -> Mapping[str, Tensor]:
         each_has_examples(s, classes, "a sphere")
+        support = normalize(support, dim=-1) if self.unit else support
         z = centres(self.metric, support, classes, len(s.labels))
         e = radii(self.metric, z, support, classes, self.one_shot, self.unbiased)
         if self.radius == "softplus":
@@ -76,7 +81,8 @@ class HyperProto(Verbalizer, Started):
         return {"z": z, "r": e}
 
     def scores(self, w: Weights, s: Setting, at: AtMask) -> Tensor:
-        m = measured(self.metric, w["z"], self._radius(w["r"]), pooled(at).to(w["z"].dtype))
+        h = pooled(at).to(w["z"].dtype)
+        m = measured(self.metric, w["z"], self._radius(w["r"]), normalize(h, dim=-1) if self.unit else h)
         if self.inside != "signed":
             m = m.clamp(min=0) if self.inside == "zero" else m.abs()
         return -self.scale * m

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from deltaprompt.errors import check_one_of
 from deltaprompt.params import Param, Weights, zeros
@@ -32,10 +33,12 @@ class ProtoNet(Verbalizer, Started):
 
     Args:
         metric: "euclidean", the squared distance; or "dot", the product.
-        scale: τ, the inverse temperature.
+        unit: whether states are taken to the unit sphere first; their means are not, and are within it.
+        scale: τ, the inverse temperature; on the unit sphere distances are short, and 20 is a start.
     """
 
     metric: Literal["euclidean", "dot"] = "euclidean"
+    unit: bool = False
     scale: float = 1.0
     begun: ClassVar[str] = "z"
 
@@ -54,9 +57,12 @@ class ProtoNet(Verbalizer, Started):
 
     def start(self, w: Weights, s: Setting, texts: Tensor, support: Tensor, classes: Tensor) -> Mapping[str, Tensor]:
         each_has_examples(s, classes, "a prototype")
-        return {"z": class_means(support, classes, len(s.labels))}
+        return {"z": class_means(self._placed(support), classes, len(s.labels))}
 
     def scores(self, w: Weights, s: Setting, at: AtMask) -> Tensor:
-        h = pooled(at).to(w["z"].dtype)
+        h = self._placed(pooled(at).to(w["z"].dtype))
         near = (w["z"] @ h[..., None]).squeeze(-1) if self.metric == "dot" else -squared_distance(w["z"], h)
         return self.scale * near
+
+    def _placed(self, h: Tensor) -> Tensor:
+        return normalize(h, dim=-1) if self.unit else h
