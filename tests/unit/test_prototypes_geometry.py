@@ -424,20 +424,32 @@ def test_an_encoder_learns_from_episodes(name):
 # ProtoRE's losses
 
 
-def test_prototypes_of_statements_form_a_simplex():
-    """S2Z of both directions over free directions: every two prototypes have the cosine −1 / (C − 1)."""
-    for count, width, scale in ((2, 4, 2.0), (3, 2, 2.0), (4, 3, 5.0), (5, 8, 1.0)):
-        x, z = seeded(4 * count, width).requires_grad_(), seeded(count, width, seed=1).requires_grad_()
-        classes, optimizer = torch.arange(4 * count) % count, torch.optim.Adam([x, z], lr=0.05)
-        for _ in range(600):
-            odds = log_odds(z, x, scale)
-            optimizer.zero_grad()
-            (s2z(odds, classes, "statements") + s2z(odds, classes, "prototypes")).backward()
-            optimizer.step()
-        unit = normalize(z.detach(), dim=-1)
-        cosines = (unit @ unit.T)[~torch.eye(count, dtype=torch.bool)]
-        assert_close(cosines, torch.full_like(cosines, -1 / (count - 1)), atol=1e-2, rtol=0)
-        assert (torch.cosine_similarity(x.detach(), unit[classes]) > 0.999).all()
+def settled(count, width, scale):
+    """Free directions of statements and prototypes where S2Z of both directions is least; the prototypes' cosines."""
+    x, z = seeded(4 * count, width).requires_grad_(), seeded(count, width, seed=1).requires_grad_()
+    classes, optimizer = torch.arange(4 * count) % count, torch.optim.Adam([x, z], lr=0.05)
+    for _ in range(600):
+        odds = log_odds(z, x, scale)
+        optimizer.zero_grad()
+        (s2z(odds, classes, "statements") + s2z(odds, classes, "prototypes")).backward()
+        optimizer.step()
+    unit = normalize(z.detach(), dim=-1)
+    return (unit @ unit.T)[~torch.eye(count, dtype=torch.bool)], torch.cosine_similarity(x.detach(), unit[classes])
+
+
+@pytest.mark.parametrize(("count", "width", "scale"), [(2, 4, 2.0), (3, 2, 2.0), (4, 3, 5.0), (5, 8, 1.0)])
+def test_prototypes_of_statements_form_a_simplex(count, width, scale):
+    """Every two prototypes have the cosine −1 / (C − 1), and statements lie on theirs."""
+    cosines, own = settled(count, width, scale)
+    assert_close(cosines, torch.full_like(cosines, -1 / (count - 1)), atol=1e-2, rtol=0)
+    assert (own > 0.999).all()
+
+
+def test_a_large_scale_and_dimensions_to_spare_part_statements_from_prototypes():
+    """What pulls is satisfied early, and one direction that all statements avoid pushes every foreign pair apart."""
+    cosines, own = settled(5, 8, 10.0)
+    assert (cosines > 0).all()
+    assert (own < 0.7).all()
 
 
 def test_without_a_temperature_what_pulls_has_a_floor():
