@@ -35,13 +35,17 @@ if TYPE_CHECKING:
     from deltaprompt.verbalizers.automatic import Automatic
     from deltaprompt.verbalizers.dect import DecT
     from deltaprompt.verbalizers.hierarchical import Hierarchical
+    from deltaprompt.verbalizers.hyper_proto import HyperProto
     from deltaprompt.verbalizers.knowledgeable import Knowledgeable
     from deltaprompt.verbalizers.label_descriptions import LabelDescriptions
     from deltaprompt.verbalizers.label_words import LabelWords
+    from deltaprompt.verbalizers.nn_shot import NNShot
+    from deltaprompt.verbalizers.proto_net import ProtoNet
     from deltaprompt.verbalizers.proto_verb import ProtoVerb
     from deltaprompt.verbalizers.prototypes import Prototypes
     from deltaprompt.verbalizers.rules import Rules
     from deltaprompt.verbalizers.soft import SoftVerbalizer
+    from deltaprompt.verbalizers.spherical_prototypes import SphericalPrototypes
     from deltaprompt.verbalizers.written import Written
 
 __version__ = "0.1.0"
@@ -62,6 +66,7 @@ __all__ = [
     "Generation",
     "Generator",
     "Hierarchical",
+    "HyperProto",
     "Knowledgeable",
     "LabelDescriptions",
     "LabelWords",
@@ -69,15 +74,18 @@ __all__ = [
     "Many",
     "Message",
     "Model",
+    "NNShot",
     "Plan",
     "PositionShift",
     "Prefix",
+    "ProtoNet",
     "ProtoVerb",
     "Prototypes",
     "Rules",
     "Run",
     "SoftPrompt",
     "SoftVerbalizer",
+    "SphericalPrototypes",
     "Task",
     "Template",
     "Training",

@@ -67,6 +67,10 @@ class Weights(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._known())
 
+    def __or__(self, more: Mapping[str, Tensor]) -> Weights:
+        """The same with these tensors in place of its own, such as a start's, through which gradients flow."""
+        return Weights({**self._known(), **more}, self.training, self._frozen)
+
     def dropped(self, x: Tensor, p: float) -> Tensor:
         """x ⊙ m while training, m = 0 with probability p and otherwise 1 / (1 − p) (Srivastava et al. 2014)."""
         if not self.training or p == 0.0:

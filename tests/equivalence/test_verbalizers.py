@@ -18,13 +18,17 @@ from deltaprompt.verbalizers._base import Started
 from deltaprompt.verbalizers.automatic import Automatic
 from deltaprompt.verbalizers.dect import DecT
 from deltaprompt.verbalizers.hierarchical import Hierarchical
+from deltaprompt.verbalizers.hyper_proto import HyperProto
 from deltaprompt.verbalizers.knowledgeable import Knowledgeable
 from deltaprompt.verbalizers.label_descriptions import LabelDescriptions
 from deltaprompt.verbalizers.label_words import LabelWords
+from deltaprompt.verbalizers.nn_shot import NNShot
+from deltaprompt.verbalizers.proto_net import ProtoNet
 from deltaprompt.verbalizers.proto_verb import ProtoVerb
 from deltaprompt.verbalizers.prototypes import Prototypes
 from deltaprompt.verbalizers.rules import Rules
 from deltaprompt.verbalizers.soft import SoftVerbalizer
+from deltaprompt.verbalizers.spherical_prototypes import SphericalPrototypes
 from deltaprompt.verbalizers.written import Written
 from tests import backbones_zoo as zoo
 from tests.equivalence.test_scoring import brute
@@ -101,6 +105,14 @@ VERBALIZERS = {
     "label_descriptions": lambda words: LabelDescriptions(SENTENCES),
     "hierarchical": lambda words: Hierarchical(words=words),
     "written": lambda words: Written(WRITTEN),
+    "hyper_proto": lambda words: HyperProto(),
+    "hyper_proto_cone": lambda words: HyperProto(metric="cone", radius="softplus", scale=5.0),
+    "hyper_proto_gaussian": lambda words: HyperProto(metric="gaussian", radius="softplus", scale=0.01),
+    "proto_net": lambda words: ProtoNet(scale=0.1),
+    "proto_net_dot": lambda words: ProtoNet(metric="dot", scale=0.1),
+    "nn_shot": lambda words: NNShot(each=4, scale=0.1, trains=True),
+    "nn_shot_cosine": lambda words: NNShot(each=1, metric="cosine"),
+    "spherical_prototypes": lambda words: SphericalPrototypes(),
     "rules": lambda words: Rules({"up": ("good", "bad"), "down": (("bad", "not"), "film"), "so": ("not", "film")}),
 }
 
@@ -155,7 +167,7 @@ def log_mean(values):
 
 
 def log_softmax(values):
-    total = math.log(sum(math.exp(v) for v in values))
+    total = max(values) + math.log(sum(math.exp(v - max(values)) for v in values))
     return [v - total for v in values]
 
 
@@ -209,8 +221,10 @@ class Reference:
             return [self.weighted(words, c) for c in range(3)]
         if self.name == "rules":
             return self.rules(text, features)
-        if self.name in ("prototypes", "label_descriptions"):
+        if self.name in ("prototypes", "label_descriptions", "spherical_prototypes"):
             return [self.model.verbalizer.scale * cos(z, h) for z in w["z"]]
+        if self.name.startswith(("hyper_proto", "proto_net", "nn_shot")):
+            return [self.model.verbalizer.scale * self.near(h, c) for c in range(3)]
         linear = {"soft": "weight", "dect": "w", "proto_verb": "w"}[self.name.removeprefix("bare_")]
         v = w[linear] @ h
         if self.name.endswith("soft"):
@@ -226,6 +240,23 @@ class Reference:
         own = [float(r - (x - z).norm()) for r, z in zip(w["r"], w["z"], strict=True)]
         said = log_softmax([self.mean(words, c, "arithmetic") for c in range(3)]) if words else [0.0] * 3
         return [a + 0.7 * b for a, b in zip(own, said, strict=True)]
+
+    def near(self, h, c):
+        """How near a state is to a class, by the geometry of the verbalizer."""
+        if self.name.startswith("nn_shot"):
+            own = [x for x, has in zip(self.w["s"][c], self.w["has"][c], strict=True) if has]
+            assert len(own) == (1 if self.name == "nn_shot_cosine" else 2)
+            return max(cos(x, h) if self.name == "nn_shot_cosine" else -(float((h - x).norm()) ** 2) for x in own)
+        z = self.w["z"][c]
+        if self.name.startswith("proto_net"):
+            return float(h @ z) if self.name == "proto_net_dot" else -(float((h - z).norm()) ** 2)
+        r = float(self.w["r"][c])
+        if self.name == "hyper_proto":
+            return r - float((h - z).norm())
+        e = math.log(1 + math.exp(r))
+        if self.name == "hyper_proto_cone":
+            return math.cos(max(0.0, math.acos(cos(z, h)) - e))
+        return -(float((h - z).norm()) ** 2) / (2 * e**2) - len(h) * math.log(e)
 
     def mean(self, words, c, how):
         own = [words[i] for i, (of, _) in enumerate(self.words) if of == c]

@@ -154,6 +154,15 @@ def cosine(z: Tensor, h: Tensor) -> Tensor:
     return (functional.normalize(z, dim=-1) @ functional.normalize(h, dim=-1)[..., None]).squeeze(-1)
 
 
+def squared_distance(z: Tensor, h: Tensor) -> Tensor:
+    """‖h − z_c‖² [b, c] of states h [b, d] and points z [c, d], for which no [b, c, d] is made, or a set a row."""
+    if z.ndim == 3:
+        return (h[:, None] - z).square().sum(-1)
+    middle = z.detach().mean(0)  # distances stay as they are, and round less where all states are far from 0
+    h, z = h - middle, z - middle
+    return (h.square().sum(-1, keepdim=True) - 2 * h @ z.mT + z.square().sum(-1)).clamp(min=0)
+
+
 def class_means(support: Tensor, classes: Tensor, count: int) -> Tensor:
     """The mean of each class's rows: [n, k], [n] -> [c, k]; 0 for a class without rows."""
     known = classes >= 0
