@@ -294,7 +294,8 @@ def _check_counts(counts: Mapping[str, int], what: str, shots: int, queries: int
     short = sorted((name for name in counts if counts[name] < least), key=counts.__getitem__)
     if short:
         enough = [name for name in counts if counts[name] >= least]
-        more = f" (and {len(short) - 1} more labels have too few)" if len(short) > 1 else ""
+        others = len(short) - 1
+        more = f" (and {others} more {'label has' if others == 1 else 'labels have'} too few)" if others else ""
         listed = f", or labels={enough!r:.200}" if enough else ""
         raise DataError(
             f"label {short[0]!r} has {counts[short[0]]} {what}{more}; {shots} shots and {queries} queries take "
