@@ -108,9 +108,9 @@ def relation(
 
 def _marked(text: str, part: Place, marks: Sequence[tuple[Place, str, str]]) -> str:
     """A part of a text with markers around places in it, rightly nested."""
-    signs = list[tuple[int, int, int, int, str]]()
+    signs = list[tuple[int, int, int, str]]()
     for number, ((start, end), opening, closing) in enumerate(marks):
-        signs += [(start, 1, start - end, number, opening), (end, 0, end - start, -number, closing)]
+        signs += [(start, start - end, number, opening), (end, end - start, -number, closing)]
     made, at = "", part[0]
     for place_, *_, sign in sorted(signs):
         made, at = made + text[at:place_] + sign, place_
