@@ -14,7 +14,15 @@ if TYPE_CHECKING:
     from deltaprompt.calibrations.contextual import Contextual
     from deltaprompt.calibrations.contextualised import Contextualised
     from deltaprompt.calibrations.domain_pmi import DomainPMI
-    from deltaprompt.data import few_shot, read, read_chats, read_entities, read_pairs
+    from deltaprompt.data import (
+        few_shot,
+        read,
+        read_chats,
+        read_entities,
+        read_pairs,
+        read_relations,
+        read_tagged,
+    )
     from deltaprompt.deltas._position_shift import PositionShift
     from deltaprompt.deltas.adapter import Adapter
     from deltaprompt.deltas.bitfit import BitFit
@@ -105,6 +113,8 @@ __all__ = [
     "read_chats",
     "read_entities",
     "read_pairs",
+    "read_relations",
+    "read_tagged",
     "save_peft",
 ]
 
@@ -143,6 +153,8 @@ _WHERE = {
     "read_chats": "data",
     "read_entities": "data",
     "read_pairs": "data",
+    "read_relations": "data",
+    "read_tagged": "data",
     "save_peft": "interchange",
 }
 

@@ -18,12 +18,22 @@ class Message(NamedTuple):
     content: str
 
 
+class Span(NamedTuple):
+    """A piece of a text, `text[start:end]`, and what it is."""
+
+    start: int
+    end: int
+    label: str
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
     """One row of data: its named text fields and, where known, its label's name.
 
     What is to be generated is a field too, or, where several texts are right, its `references`; a conversation is its
-    `messages`. A row of a task that may give several labels has `labels` in place of a label.
+    `messages`. A row of a task that may give several labels has `labels` in place of a label. Where pieces of its field
+    "text" are labelled they are its `spans`, in characters, and where the data has split that text, `words` are the
+    (start, end) of its words.
     """
 
     fields: Mapping[str, str]
@@ -31,6 +41,8 @@ class Example:
     references: tuple[str, ...] = ()
     messages: tuple[Message, ...] = ()
     labels: tuple[str, ...] = ()
+    spans: tuple[Span, ...] = ()
+    words: tuple[tuple[int, int], ...] = ()
 
     @property
     def gold(self) -> tuple[str, ...]:

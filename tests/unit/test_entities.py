@@ -7,8 +7,9 @@ from collections import Counter
 import pytest
 
 from deltaprompt.data import labels_of
-from deltaprompt.data.entities import BLANK, hidden, mention, read_entities, spans
+from deltaprompt.data.entities import BLANK, hidden, mention, read_entities
 from deltaprompt.data.linked import Linked, entity_of, find_mentions, grouped, rows_of_pair
+from deltaprompt.data.tags import spans_of
 from deltaprompt.errors import ConfigError, DataError, TemplateError
 from deltaprompt.model import Model, Task
 from deltaprompt.templates import entity, parse
@@ -82,7 +83,7 @@ def test_tokens_and_tags_may_be_the_columns_of_a_row(tmp_path):
     ],
 )
 def test_spans(tags, found):
-    assert spans(tags) == found
+    assert spans_of(tags, "io") == found
 
 
 def test_a_place_in_the_text_or_the_context_says_where_a_mention_is(tmp_path):
@@ -150,8 +151,12 @@ def test_a_row_that_is_wrong_says_where_and_how(tmp_path, row, message):
 
 
 def test_a_line_that_is_no_token_and_tag_says_where(tmp_path):
-    with pytest.raises(DataError, match=r"a.txt, line 2: got 'b O'; a line is a token, a tab and a tag, or is blank"):
-        read_entities(written(tmp_path / "a.txt", "a\tO\nb O\n"))
+    with pytest.raises(DataError, match=r"a.txt, line 2: got 'b'; a line is a token and its tag, with a tab or blanks"):
+        read_entities(written(tmp_path / "a.txt", "a\tO\nb\n"))
+    with pytest.raises(DataError, match=r"a.txt, line 2: 3 columns where line 1 has 2: 'It may rain'; a line is"):
+        read_entities(written(tmp_path / "a.txt", "It rains\nIt may rain\n"))
+    with pytest.raises(ConfigError, match="split='train' is for datasets on the Hub"):
+        read_entities(tmp_path / "a.txt", split="train")
     with pytest.raises(DataError, match="data files in"):
         read_entities(tmp_path / "none.txt")
     with pytest.raises(ConfigError, match="limit=0"):

@@ -82,6 +82,8 @@ def test_the_public_names():
         "read_chats",
         "read_entities",
         "read_pairs",
+        "read_relations",
+        "read_tagged",
         "save_peft",
     ]
     assert set(deltaprompt.__all__) <= set(dir(deltaprompt))

@@ -30,11 +30,12 @@ def mentions(
 ) -> list[Example]:
     """The mentions of a file; of plain texts, where no types are asked for, the names in them."""
     from deltaprompt.data import read
-    from deltaprompt.data.entities import LINES, read_entities
+    from deltaprompt.data.columns import in_columns
+    from deltaprompt.data.entities import read_entities
     from deltaprompt.data.formats import rows_of
     from deltaprompt.data.linked import find_mentions
 
-    if not labelled and not source.lower().removesuffix(".gz").endswith(LINES):
+    if not labelled and not in_columns(source):
         first = next(rows_of(source, split), None)
         if first is not None and not first.values.keys() & {"mention", "start", "tokens"}:
             found = find_mentions([row.fields["text"] for row in read(source, split=split, labelled=False)])

@@ -2,8 +2,8 @@
 
 - {"text", "start", "end"}: where the mention is, in characters.
 - {"left", "mention", "right"}: texts, or lists of tokens.
-- {"tokens", "tags"}, or a file of `token<TAB>tag` lines, a blank line behind each sentence (Few-NERD's form): a run of
-  one tag is a mention of that type, and "B-" begins one. "B-" and "I-" are no part of a type, "O" is none.
+- {"tokens", "tags"}, or a file of tokens and tags in columns, a blank line behind each sentence (Few-NERD's form): a
+  run of one tag is a mention of that type, and "B-" begins one. "B-" and "I-" are no part of a type, "O" is none.
 - A list in the column "labels" (or "label") holds the types of a mention, a text there its one type. The columns
   "entity" and "coarse", which tell who is mentioned and roughly what that is, are fields too.
 """
@@ -13,20 +13,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Final
 
-from deltaprompt.data.formats import HUB, Row, lines_of, rows_of
-from deltaprompt.data.readers import Missing, answered, sound
+from deltaprompt.data.columns import in_columns, sentences
+from deltaprompt.data.formats import Row, refuse_split, rows_of
+from deltaprompt.data.readers import Missing, answered, one_text, place, texts_in
+from deltaprompt.data.tags import spans_of
 from deltaprompt.errors import ConfigError, DataError
 from deltaprompt.types import Example
 
-LINES: Final = (".txt", ".conll", ".bio", ".iob")  # files of tokens and tags
-OUTSIDE: Final = "O"
 BLANK: Final = "[BLANK]"  # PLET's word for a mention that is hidden
 LABELS: Final = ("labels", "label")
 ENTITY, COARSE = MORE = "entity", "coarse"  # columns that rows may have: of whom a mention is, and roughly of what
-Span = tuple[int, int, str]  # first token, the one behind the last, type
 
 
 def read_entities(
@@ -72,28 +70,11 @@ def hidden(example: Example, blank: str = BLANK) -> Example:
 
 
 def _rows(source: str | os.PathLike[str], split: str | None) -> Iterator[Row]:
-    name = str(source).lower().removesuffix(".gz")
-    if name.startswith(HUB) or not name.endswith(LINES):
+    if not in_columns(source):
         return rows_of(source, split)
-    return _sentences(str(source), lines_of(Path(source).expanduser()))
-
-
-def _sentences(source: str, lines: Iterable[tuple[int, str]]) -> Iterator[Row]:
-    """The sentences of a file of tokens and tags, as rows of lists."""
-    tokens, tags, first = list[str](), list[str](), 0
-    for number, line in (*lines, (0, "")):
-        token, tab, tag = line.rstrip("\r\n").rpartition("\t")
-        if tab and token.strip() and tag.strip():
-            first = first if tokens else number
-            tokens.append(sound(token.strip(), f"{source}, line {number}"))
-            tags.append(tag.strip())
-        elif line.strip():
-            raise DataError(
-                f"{source}, line {number}: got {line.strip()!r:.60}; a line is a token, a tab and a tag, or is blank"
-            )
-        elif tokens:
-            yield Row(f"{source}, line {first}", {"tokens": tokens, "tags": tags})
-            tokens, tags = [], []
+    refuse_split(source, split)
+    found = sentences(source)
+    return (Row(f"{source}, line {s.first}", {"tokens": s.tokens, "tags": s.tags}) for s in found)
 
 
 def _mentions(
@@ -118,7 +99,8 @@ def _of_row(row: Row, columns: Sequence[str], labelled: bool) -> Example:
     if {"left", "mention", "right"} <= values.keys():
         left, words, right = _around(row)
     elif {"text", "start", "end"} <= values.keys():
-        text, start, end = _text(row, "text"), _place(row, "start"), _place(row, "end")
+        text = one_text(row, "text")
+        start, end = (place(values[name], len(text), f"{row.at}: column {name!r}") for name in ("start", "end"))
         left, words, right = text[:start], text[start:end], text[end:]
     else:
         raise DataError(
@@ -134,61 +116,27 @@ def _of_row(row: Row, columns: Sequence[str], labelled: bool) -> Example:
 
 
 def _of_tags(row: Row, labelled: bool) -> Iterator[Example]:
-    tokens, tags = _list(row, "tokens"), _list(row, "tags")
+    tokens, tags = texts_in(row, "tokens"), texts_in(row, "tags")
     if len(tokens) != len(tags):
         raise DataError(f"{row.at}: {len(tokens)} tokens and {len(tags)} tags; each token has one")
-    for first, end, kind in spans(tags):
+    for first, end, kind in spans_of(tags, "io"):
         before, words, after = (" ".join(some) for some in (tokens[:first], tokens[first:end], tokens[end:]))
         left, right = f"{before} " if before else "", f" {after}" if after else ""
         yield mention(left, words, right, kind if labelled else None)
 
 
-def spans(tags: Sequence[str]) -> list[Span]:
-    """The mentions that tags tell: runs of one type; "B-" begins another one."""
-    found = list[Span]()
-    for i, tag in enumerate((*tags, OUTSIDE)):
-        kind = tag[2:] if tag[:2] in ("B-", "I-") else tag
-        if found and found[-1][1] == i and kind == found[-1][2] and not tag.startswith("B-"):
-            found[-1] = (found[-1][0], i + 1, kind)
-        elif kind != OUTSIDE:
-            found.append((i, i + 1, kind))
-    return found
-
-
 def _around(row: Row) -> tuple[str, str, str]:
     """A mention between its contexts, with the blanks that stand there."""
-    left, words, right = _context(row, "left"), _text(row, "mention"), _context(row, "right")
+    left, words, right = _context(row, "left"), one_text(row, "mention"), _context(row, "right")
     tokens = [isinstance(row.values[column], list) for column in ("left", "right")]
     return left + _blank(left, words, tokens[0]), words, _blank(words, right, tokens[1]) + right
 
 
 def _context(row: Row, column: str) -> str:
     value = row.values[column]
-    return " ".join(_list(row, column)) if isinstance(value, list) else _text(row, column) if value else ""
+    return " ".join(texts_in(row, column)) if isinstance(value, list) else one_text(row, column) if value else ""
 
 
 def _blank(before: str, after: str, tokens: bool) -> str:
     """What is put between two texts: a blank between tokens, and where two words would become one."""
     return " " if before and after and (tokens or (before[-1].isalnum() and after[0].isalnum())) else ""
-
-
-def _text(row: Row, column: str) -> str:
-    value = row.values[column]
-    if not isinstance(value, str):
-        raise DataError(f"{row.at}: column {column!r} holds {value!r:.60}; a text is possible")
-    return sound(value, f"{row.at}: column {column!r}")
-
-
-def _list(row: Row, column: str) -> list[str]:
-    value = row.values[column]
-    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
-        raise DataError(f"{row.at}: column {column!r} holds {value!r:.60}; a list of texts is possible")
-    return [sound(one, f"{row.at}: column {column!r}") for one in value]
-
-
-def _place(row: Row, column: str) -> int:
-    value, length = row.values[column], len(_text(row, "text"))
-    place = int(value) if isinstance(value, int) or (isinstance(value, str) and value.isdecimal()) else -1
-    if not 0 <= place <= length:
-        raise DataError(f"{row.at}: column {column!r} holds {value!r:.60}; a place in the text is 0 to {length}")
-    return place

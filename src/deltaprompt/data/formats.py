@@ -42,13 +42,18 @@ def rows_of(source: str | os.PathLike[str], split: str | None) -> Rows:
     path = Path(source).expanduser()
     if not os.path.isfile(path):  # of a text given as a path, Path.is_file may raise: "File name too long"
         raise DataError(_not_a_file(str(source), path))
-    if split is not None:
-        raise ConfigError(f"split={split!r} is for datasets on the Hub ({HUB}name); {source} is one file: leave it out")
+    refuse_split(source, split)
     name = path.name.lower()
     if not name.endswith(_SUFFIXES):
         got = path.suffix or "a name without a suffix"
         raise DataError(f"{source}: {got} is no format that can be read; possible: {', '.join(_SUFFIXES)}")
     return _FORMATS[Path(name.removesuffix(".gz")).suffix](path)
+
+
+def refuse_split(source: str | os.PathLike[str], split: str | None) -> None:
+    """Raises where a split was asked of a file."""
+    if split is not None:
+        raise ConfigError(f"split={split!r} is for datasets on the Hub ({HUB}name); {source} is one file: leave it out")
 
 
 def lines_of(source: str | os.PathLike[str]) -> Lines:
@@ -154,17 +159,22 @@ def _jsonl_rows(name: str, lines: Iterable[tuple[int, str]]) -> Rows:
     """One object a line; blank lines are skipped."""
     for number, line in lines:
         if line.strip():
-            yield _object_row(f"{name}, line {number}", _parsed(line, name, number - 1))
+            yield row_of(f"{name}, line {number}", _parsed(line, name, number - 1))
+
+
+def json_in(path: Path) -> object:
+    """What a .json file holds; an empty list where it is empty."""
+    text = "".join(line for _, line in lines_of(path))
+    return _parsed(text, str(path)) if text.strip() else []
 
 
 def _json_rows(path: Path) -> Rows:
     """A list of objects."""
-    text = "".join(line for _, line in _file_lines(path))
-    parsed = _parsed(text, str(path)) if text.strip() else []
+    parsed = json_in(path)
     if not isinstance(parsed, list):
         raise DataError(f"{path}: holds {parsed!r:.60}; a .json file is a list of objects (one object a line: .jsonl)")
     for number, value in enumerate(parsed, 1):
-        yield _object_row(f"{path}, row {number}", value)
+        yield row_of(f"{path}, row {number}", value)
 
 
 def _parsed(text: str, name: str, lines_before: int = 0) -> object:
@@ -179,8 +189,8 @@ def _parsed(text: str, name: str, lines_before: int = 0) -> object:
         raise DataError(f"{name}, after line {lines_before}: this JSON cannot be read: {error}; simplify it") from error
 
 
-def _object_row(at: str, value: object) -> Row:
-    """A row from a JSON object."""
+def row_of(at: str, value: object) -> Row:
+    """A row of a JSON object."""
     if not isinstance(value, dict):
         raise DataError(f'{at}: holds {value!r:.60}; each row is an object, for example {{"text": "…", "label": "…"}}')
     return _row(at, value)
@@ -231,7 +241,7 @@ def _hub_rows(source: str, split: str | None) -> Rows:
         raise ConfigError(f"{source!r} needs a split; pass for example split='train'")
     datasets = optional("datasets", "datasets")
     data = _loaded(datasets, source, split)
-    names = {c: f.names for c, f in data.features.items() if isinstance(f, datasets.ClassLabel)}
+    names = {c: names for c, f in data.features.items() if (names := _names(datasets, f))}
     return (
         _row(f"{source}, split {split!r}, row {number}", {c: _named(names.get(c), v) for c, v in values.items()})
         for number, values in enumerate(data, 1)
@@ -251,8 +261,17 @@ def _loaded(datasets: ModuleType, source: str, split: str) -> Any:
         raise DataError(f"{source!r}, split {split!r}, cannot be loaded: {error}; {possible}") from error
 
 
+def _names(datasets: ModuleType, feature: Any) -> Sequence[str] | None:
+    """The class names of a column of numbers that stand for them, or of lists of these; else None."""
+    lists = tuple(vars(datasets)[name] for name in ("Sequence", "List", "LargeList") if name in vars(datasets))
+    one = feature.feature if isinstance(feature, lists) else feature
+    return one.names if isinstance(one, datasets.ClassLabel) else None
+
+
 def _named(names: Sequence[str] | None, value: object) -> object:
     """The class name of an integer (of -1, as hidden test labels are stored, none); anything else as it is."""
+    if names is not None and isinstance(value, list):
+        return [_named(names, one) for one in value]
     if names is None or not isinstance(value, int):
         return value
     return names[value] if 0 <= value < len(names) else None

@@ -181,6 +181,30 @@ def written(row: Row, column: str) -> str | None:
     return sound(value, f"{row.at}: column {column!r}") if isinstance(value, str) else None
 
 
+def one_text(row: Row, column: str) -> str:
+    """The text in a column, which holds nothing else; it may be empty."""
+    value = row.values[column]
+    if not isinstance(value, str):
+        raise DataError(f"{row.at}: column {column!r} holds {value!r:.60}; a text is possible")
+    return sound(value, f"{row.at}: column {column!r}")
+
+
+def texts_in(row: Row, column: str) -> list[str]:
+    """The list of texts in a column."""
+    value = row.values[column]
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        raise DataError(f"{row.at}: column {column!r} holds {value!r:.60}; a list of texts is possible")
+    return [sound(one, f"{row.at}: column {column!r}") for one in value]
+
+
+def place(value: object, length: int, at: str) -> int:
+    """A place in a text of that length, written as a number or in digits; `at` says where it stands."""
+    number = int(value) if isinstance(value, int) or (isinstance(value, str) and value.isdecimal()) else -1
+    if not 0 <= number <= length:
+        raise DataError(f"{at} holds {value!r:.60}; a place in the text is 0 to {length}")
+    return number
+
+
 def sound(text: str, at: str) -> str:
     """`text`, if it can be written as UTF-8 and has no NUL, as tokenizers need."""
     if "\0" in text:

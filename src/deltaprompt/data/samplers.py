@@ -7,6 +7,7 @@ Only `Random.random()` is drawn from, whose sequence Python keeps across version
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from random import Random
 from typing import TypeVar
@@ -27,12 +28,60 @@ def few_shot(examples: Sequence[Example], shots: int, seed: int, dev: bool = Tru
     """
     if shots < 1:
         raise ConfigError(f"shots={shots}: a few-shot sample takes 1 row of each class or more")
-    classes = _by_class(examples)
+    classes = by_class(examples)
     if not any(example.labels for example in examples):
         _check_counts({name: len(rows) for name, rows in classes.items()}, shots, dev)
     return _deal(
         examples, classes.values(), seed, lambda count: (shots, min(shots, max(count - shots, 0)) if dev else 0)
     )
+
+
+def few_sentences(examples: Sequence[Example], shots: int, seed: int, dev: bool = True) -> Dealt:
+    """Texts with `shots` spans of each label, or a few more, to train on, and, with `dev`, as many others to choose by.
+
+    The rarest label draws texts until it has its spans, then the next one; texts that no label needs are then left out
+    (Yang & Katiyar 2020, greedy sampling). A label that has fewer spans left for dev has all of them there.
+
+    Raises:
+        DataError: no text has a span, a label has fewer than `shots`, or nothing is left for dev.
+    """
+    if shots < 1:
+        raise ConfigError(f"shots={shots}: a few-shot sample takes 1 span of each label or more")
+    counts = [Counter(span.label for span in example.spans) for example in examples]
+    totals = {name: sum(own[name] for own in counts) for name in sorted({name for own in counts for name in own})}
+    if not totals:
+        raise DataError("no text has a span to sample by; read them with their tags first (read_tagged)")
+    if short := [name for name in totals if totals[name] < shots]:
+        raise DataError(
+            f"label {short[0]!r} has {totals[short[0]]} spans; shots={shots} needs {shots} of each; possible: fewer "
+            "shots, more texts of that label, or limited_to(examples, labels) without it"
+        )
+    generator = Random(seed)
+    train = _covering(counts, dict.fromkeys(totals, shots), (), generator)
+    left = {name: n - sum(counts[i][name] for i in train) for name, n in totals.items()}
+    held = _covering(counts, {name: min(shots, n) for name, n in left.items()}, train, generator) if dev else []
+    if dev and not held:
+        raise DataError(f"all {len(train)} texts with spans are needed to train; give more, or dev=False")
+    return [examples[i] for i in train], [examples[i] for i in held]
+
+
+def _covering(
+    counts: Sequence[Mapping[str, int]], wanted: Mapping[str, int], used: Sequence[int], generator: Random
+) -> list[int]:
+    """The numbers of texts that together have so many spans of each label, and of which none could be left out."""
+    free, have, taken = sorted({*range(len(counts))} - {*used}), Counter[str](), list[int]()
+    of_label = {name: [i for i in free if counts[i].get(name)] for name in wanted}
+    for name in sorted(wanted, key=lambda name: (sum(counts[i][name] for i in of_label[name]), name)):
+        drawn = iter(_shuffled(of_label[name], generator))
+        while have[name] < wanted[name]:
+            if (number := next(drawn)) not in taken:
+                taken.append(number)
+                have.update(counts[number])
+    for number in tuple(taken):
+        if all(have[name] - n >= wanted[name] for name, n in counts[number].items()):
+            taken.remove(number)
+            have.subtract(counts[number])
+    return _shuffled(taken, generator)
 
 
 def split(examples: Sequence[Example], fraction: float, seed: int) -> Dealt:
@@ -55,7 +104,7 @@ def split(examples: Sequence[Example], fraction: float, seed: int) -> Dealt:
     return _deal(examples, classes, seed, sizes)
 
 
-def _by_class(examples: Sequence[Example]) -> dict[str, list[int]]:
+def by_class(examples: Sequence[Example]) -> dict[str, list[int]]:
     """The numbers of each class's rows, classes in the order of `labels_of`; one of several labels is of each."""
     classes: dict[str, list[int]] = {name: [] for name in labels_of(examples)}
     if not classes:
@@ -68,7 +117,7 @@ def _by_class(examples: Sequence[Example]) -> dict[str, list[int]]:
 
 def _by_labels(examples: Sequence[Example]) -> list[list[int]]:
     """The numbers of the rows with the same labels, in the order of `labels_of`."""
-    order = {name: i for i, name in enumerate(_by_class(examples))}
+    order = {name: i for i, name in enumerate(by_class(examples))}
     classes: dict[tuple[int, ...], list[int]] = {}
     for number, example in enumerate(examples):
         classes.setdefault(tuple(sorted(order[name] for name in example.gold)), []).append(number)

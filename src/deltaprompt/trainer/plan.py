@@ -42,6 +42,6 @@ def told(examples: Sequence[Example]) -> str:
     """The number of examples and a digest of them in their order."""
     digest = hashlib.sha256()
     for example in examples:
-        more = [part for part in (example.references, example.messages, example.labels) if part]
+        more = [part for part in (example.references, example.messages, example.labels, example.spans) if part]
         digest.update(json.dumps([sorted(example.fields.items()), example.label, *more]).encode())
     return f"{len(examples)} examples ({digest.hexdigest()[:12]})"
