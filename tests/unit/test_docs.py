@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from deltaprompt.data import few_shot, shipped
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHOWN = re.compile(r"<!-- file: (\S+) -->\n```python\n(.*?)```", re.DOTALL)
@@ -32,6 +34,19 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     names = {"__name__": page.stem}
     exec(compile(code, page.name, "exec"), names)
     assert "dp" in names or not code
+
+
+def test_the_first_session_of_the_readme_runs(tmp_path, monkeypatch):
+    """Where a line is followed by what it gives, it gives that."""
+    monkeypatch.chdir(tmp_path)
+    session = re.search(r"```python\n(>>> .*?)```", PAGES[0].read_text(), re.DOTALL)[1].splitlines()
+    rows = [row for row in shipped.load("train") if row.label in ("billing", "delivery")]
+    names = {"train": few_shot(rows, 8, 0)[0]}
+    for line, after in zip(session, [*session[1:], ">>> "], strict=True):
+        if line.startswith(">>> ") and after.startswith(">>> "):
+            exec(line[4:], names)
+        elif line.startswith(">>> "):
+            assert repr(eval(line[4:], names)) == after
 
 
 def test_the_walk_through_writes_a_method_in_under_sixty_lines():
