@@ -8,13 +8,11 @@ from typing import Any
 
 import pytest
 from torch.testing import assert_close
-from typer.testing import CliRunner
 
 from deltaprompt import store
-from deltaprompt.cli import app
 from deltaprompt.trainer import loop
 from tests import backbones_zoo as zoo
-from tests.command import succeeds
+from tests.command import run, succeeds
 
 TEXTS = ("a good movie", "so bad", "good", "it was bad", "good good", "three bad movie so it", "so good", "bad movie")
 TEMPLATES = ("{text} it was {mask}", "so {text} : {mask}")
@@ -93,7 +91,7 @@ def test_every_cell_is_a_fit_of_its_own(common: list[str], tmp_path: Path) -> No
 
     assert fit_json(*grid, "--resume") == told  # whose seconds are those of the training that was
 
-    done = CliRunner().invoke(app, ["predict", str(out), "-"], input="so good\n")
+    done = run("predict", out, "-", stdin="so good\n")
     assert f"holds a grid; this is {told['best']['name']}_seed-{told['best']['seed']}, the best on dev" in done.stderr
     assert done.stdout.count("\n") == 1
 
@@ -143,7 +141,7 @@ def test_mistakes(common: list[str]) -> None:
         (("--grid", "rate=1"), "unknown key 'rate' in [grid]"),
         (("--grid", "template={text"), "{text"),
     ):
-        done = CliRunner().invoke(app, ["fit", *common, *map(str, arguments)])
+        done = run("fit", *common, *arguments)
         assert done.exit_code == 2
         assert message in done.stderr
 
@@ -151,7 +149,7 @@ def test_mistakes(common: list[str]) -> None:
 def test_a_damaged_result_names_the_folders_beside_it(common: list[str], tmp_path: Path) -> None:
     fit(*common, "--template", TEMPLATES[0], "--grid", "shots=1", "--out", tmp_path)
     (tmp_path / "grid.json").write_text("{}")
-    done = CliRunner().invoke(app, ["predict", str(tmp_path), "-"], input="x\n")
+    done = run("predict", tmp_path, "-", stdin="x\n")
     assert done.exit_code == 2
     assert "grid.json is damaged; name a folder beside it; possible: shots-1_seed-0" in done.stderr
 
@@ -168,7 +166,7 @@ def test_one_that_diverges_leaves_the_others(common: list[str], tmp_path: Path, 
     fit(*grid, "--grid", "learning_rate=1e30,0.001", "--grid", "shots=1", "--resume")
     again = json.loads((tmp_path / "grid.json").read_text())
     assert again["grid"] == told["grid"]
-    done = CliRunner().invoke(app, ["fit", *map(str, grid), "--grid", "learning_rate=1e30", "--grid", "shots=1"])
+    done = run("fit", *grid, "--grid", "learning_rate=1e30", "--grid", "shots=1")
     assert done.exit_code == 2
     assert "no cell of the grid came to its end; shots-1_learning_rate-1e+30: the " in done.stderr
 

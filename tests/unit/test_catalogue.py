@@ -6,13 +6,12 @@ import sys
 from types import ModuleType
 
 import pytest
-from typer.testing import CliRunner
 
 from deltaprompt import catalogue, registry
-from deltaprompt.cli import app
 from deltaprompt.compose import Adapted
 from deltaprompt.errors import ConfigError, DeltaPromptError
 from tests import backbones_zoo as zoo
+from tests.command import succeeds
 
 
 @pytest.mark.parametrize("family", ["bert", "mpnet", "llama", "t5"])
@@ -50,10 +49,8 @@ def test_a_method_without_a_source_is_an_error(monkeypatch):
 
 
 def test_the_command_prints_a_table_or_json():
-    run = CliRunner().invoke(app, ["methods"])
-    assert run.exit_code == 0
-    assert "Hu et al. 2022" in run.stdout
-    found = json.loads(CliRunner().invoke(app, ["methods", "--json"]).stdout)["methods"]
+    assert "Hu et al. 2022" in succeeds("methods").stdout
+    found = json.loads(succeeds("methods", "--json").stdout)["methods"]
     assert {method["name"] for method in found} == set(registry.variants("deltas"))
     lora = next(method for method in found if method["name"] == "lora")
     assert lora["merges"]
@@ -61,7 +58,7 @@ def test_the_command_prints_a_table_or_json():
 
 
 def test_the_command_counts_on_a_backbone():
-    run = CliRunner().invoke(app, ["methods", "--backbone", "demo", "--json"])
+    run = succeeds("methods", "--backbone", "demo", "--json")
     found = {method["name"]: method for method in json.loads(run.stdout)["methods"]}
     assert found["lora"]["parameters"] == 6 * 2 * 8 * (384 + 384)  # layers, q and v, rank, sizes
     assert found["bitfit"]["sites"] > 0

@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from deltaprompt import registry
-from deltaprompt.cli import app
 from deltaprompt.conformance import workers
 from deltaprompt.conformance.check import Checked, Outcome
 from deltaprompt.conformance.choose import SPREAD, chosen_deltas, chosen_models
@@ -21,6 +19,7 @@ from deltaprompt.conformance.page import page
 from deltaprompt.conformance.shrink import Architecture, known
 from deltaprompt.conformance.summary import Summary, grouped, in_order, versions
 from deltaprompt.errors import ConfigError
+from tests.command import run
 
 FOUND = (
     Checked("masked:vit", "no tiny ViTModel"),
@@ -176,7 +175,7 @@ def test_the_page_lists_everything() -> None:
 
 
 def told(*args: str) -> Any:
-    return CliRunner().invoke(app, ["conformance", *args])
+    return run("conformance", *args)
 
 
 def test_the_command_checks_one_architecture_in_a_worker() -> None:

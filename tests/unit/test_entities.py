@@ -1,7 +1,5 @@
 """Entity rows: every form of them, PLET's templates over them, and pairs that mention one entity or two."""
 
-import gzip
-import json
 from collections import Counter
 
 import pytest
@@ -16,6 +14,7 @@ from deltaprompt.templates import entity, parse
 from deltaprompt.types import Example
 from deltaprompt.verbalizers.hierarchical import Hierarchical
 from tests import backbones_zoo as zoo
+from tests.files import rows, written
 
 FEW_NERD = """Ann\tperson-actor
 Lee\tperson-actor
@@ -32,15 +31,6 @@ Bo\tB-person-other
 Bo\tB-person-other
 Lee\tI-person-other
 """
-
-
-def written(path, text):
-    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
-    return path
-
-
-def rows(path, *each):
-    return written(path, "\n".join(map(json.dumps, each)))
 
 
 def told(example):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections import Counter
@@ -29,6 +28,7 @@ from deltaprompt.data import (
 from deltaprompt.data.tagged import of_words
 from deltaprompt.errors import ConfigError, DataError
 from deltaprompt.types import Example, Span
+from tests import files
 
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 seeds = st.integers(0, 2**32)
@@ -338,13 +338,8 @@ EPISODE = {
 }
 
 
-def written(path: Path, *each: object) -> Path:
-    path.write_text("\n".join(map(json.dumps, each)))
-    return path
-
-
 def test_episodes_of_a_file(tmp_path: Path) -> None:
-    path = written(tmp_path / "test_5_1.jsonl", EPISODE, EPISODE)
+    path = files.rows(tmp_path / "test_5_1.jsonl", EPISODE, EPISODE)
     first, second = read_episodes(path)
     assert first == second
     assert first.labels == ("location-GPE", "person-actor")
@@ -372,7 +367,7 @@ def test_episodes_of_a_file(tmp_path: Path) -> None:
 )
 def test_episodes_that_are_wrong_say_where(tmp_path: Path, change: dict[str, object], message: str) -> None:
     with pytest.raises(DataError, match=re.escape(message)):
-        list(read_episodes(written(tmp_path / "a.jsonl", EPISODE | change)))
+        list(read_episodes(files.rows(tmp_path / "a.jsonl", EPISODE | change)))
 
 
 def test_a_file_without_episodes_and_options_that_are_wrong(tmp_path: Path) -> None:

@@ -24,11 +24,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from typer.testing import CliRunner
 
 from deltaprompt.backbone import Backbone, load
 from deltaprompt.backbone.fingerprint import fingerprint
-from deltaprompt.cli import app
 from deltaprompt.cli.pretrain import Lines
 from deltaprompt.cli.pretrain_recipe import build
 from deltaprompt.cli.recipe import read_toml
@@ -45,6 +43,7 @@ from deltaprompt.pretrain.objectives import Masked, Spans, objective_of, packed
 from deltaprompt.pretrain.scoring import Scorer, measured
 from deltaprompt.pretrain.text import streams, tokens_of
 from tests import backbones_zoo, tokenizers_zoo
+from tests.command import run
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [
@@ -591,7 +590,7 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def command(*arguments: object) -> Any:
-    return CliRunner().invoke(app, ["pretrain", *(str(a) for a in arguments)])
+    return run("pretrain", *arguments)
 
 
 def test_killed_and_gone_on_it_is_bitwise_the_same(recipe: Path, tmp_path: Path) -> None:

@@ -18,18 +18,10 @@ from deltaprompt.model import Model, Task
 from deltaprompt.templates import parse
 from deltaprompt.types import Example, Span
 from tests import backbones_zoo as zoo
+from tests.files import rows, written
 
 PIECES = ("before", "first", "between", "second", "after")
 quick = settings(max_examples=100, deadline=None)
-
-
-def written(path: Path, text: str) -> Path:
-    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
-    return path
-
-
-def rows(path: Path, *each: object) -> Path:
-    return written(path, "\n".join(json.dumps(one, ensure_ascii=False) for one in each))
 
 
 def pieces(example: Example) -> list[str]:

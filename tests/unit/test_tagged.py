@@ -21,18 +21,10 @@ from deltaprompt.data.tags import KNOWN, SCHEMES, malformed, scheme_of, spans_of
 from deltaprompt.errors import ConfigError, DataError
 from deltaprompt.trainer.plan import told
 from deltaprompt.types import Example, Span
+from tests.files import rows, written
 
 LABELS = ("PER", "LOC", "person-artist/author")
 quick = settings(max_examples=100, deadline=None)
-
-
-def packed(path: Path, text: str) -> Path:
-    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
-    return path
-
-
-def rows(path: Path, *each: object) -> Path:
-    return packed(path, "\n".join(json.dumps(one, ensure_ascii=False) for one in each))
 
 
 @st.composite
@@ -200,7 +192,7 @@ rains VBZ O
 @pytest.mark.parametrize("name", ["a.conll", "a.txt.gz", "a.bio", "a.IOB2"])
 @pytest.mark.parametrize("change", [str, lambda text: text.replace(" ", "\t"), lambda text: text.replace("\n", "\r\n")])
 def test_columns(tmp_path: Path, name: str, change: Callable[[str], str]) -> None:
-    path = packed(tmp_path / name, "\ufeff" + change(COLUMNS))
+    path = written(tmp_path / name, "\ufeff" + change(COLUMNS))
     assert read_tagged(path) == TEXTS
     assert read_tagged(path, limit=2) == TEXTS[:2]
     bare = [Example(e.fields, words=e.words) for e in TEXTS]
@@ -208,7 +200,7 @@ def test_columns(tmp_path: Path, name: str, change: Callable[[str], str]) -> Non
 
 
 def test_tokens_alone_where_no_tags_are_asked_for(tmp_path: Path) -> None:
-    path = packed(tmp_path / "a.txt", "Ann\nsat\n\nit\n")
+    path = written(tmp_path / "a.txt", "Ann\nsat\n\nit\n")
     assert [e.fields["text"] for e in read_tagged(path, labelled=False)] == ["Ann sat", "it"]
     with pytest.raises(
         DataError, match="a.txt, line 1: got 'Ann'; a line is a token and its tag, with a tab or blanks"
@@ -218,7 +210,7 @@ def test_tokens_alone_where_no_tags_are_asked_for(tmp_path: Path) -> None:
 
 def test_few_nerd_text(tmp_path: Path) -> None:
     text = "Bo\tperson-artist/author\nLee\tperson-artist/author\nin\tO\nYork\tlocation-GPE\n\nit\tO\n"
-    found = read_tagged(packed(tmp_path / "train.txt", text))
+    found = read_tagged(written(tmp_path / "train.txt", text))
     assert found[0].spans == (Span(0, 6, "person-artist/author"), Span(10, 14, "location-GPE"))
     assert [s.label for s in coarse(found)[0].spans] == ["person", "location"]
     assert coarse(found)[0].words == found[0].words
@@ -278,7 +270,7 @@ def test_a_dataset_on_the_hub_whose_tags_are_numbers_with_names(monkeypatch: pyt
 
 def test_words_are_joined_by_nothing_where_each_is_a_character(tmp_path: Path) -> None:
     text = "高 B-NAME\n勇 E-NAME\n， O\nA O\n\n男 O\n"
-    first, second = read_tagged(packed(tmp_path / "a.bmes", text))
+    first, second = read_tagged(written(tmp_path / "a.bmes", text))
     assert first == Example({"text": "高勇，A"}, spans=(Span(0, 2, "NAME"),), words=((0, 1), (1, 2), (2, 3), (3, 4)))
     assert second.fields["text"] == "男"
     assert read_tagged(tmp_path / "a.bmes", joiner=" ")[0].spans == (Span(0, 3, "NAME"),)
@@ -292,7 +284,7 @@ def test_words_are_joined_by_nothing_where_each_is_a_character(tmp_path: Path) -
 
 
 def test_malformed_tags_are_told(tmp_path: Path) -> None:
-    path, seen = packed(tmp_path / "a.conll", "a B-x\nb O\nc I-x\n\nd I-y\n"), list[str]()
+    path, seen = written(tmp_path / "a.conll", "a B-x\nb O\nc I-x\n\nd I-y\n"), list[str]()
     assert [e.spans for e in read_tagged(path, on_malformed=seen.append)] == [
         (Span(0, 1, "x"), Span(4, 5, "x")),
         (Span(0, 1, "y"),),
@@ -345,11 +337,11 @@ def test_a_span_that_cuts_a_word_has_no_tags() -> None:
 )
 def test_columns_that_are_wrong_say_where_and_how(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(DataError, match=re.escape(message)):
-        read_tagged(packed(tmp_path / "a.conll", text))
+        read_tagged(written(tmp_path / "a.conll", text))
 
 
 def test_a_scheme_by_name(tmp_path: Path) -> None:
-    path = packed(tmp_path / "a.conll", "He PER\nsat PER\n")
+    path = written(tmp_path / "a.conll", "He PER\nsat PER\n")
     assert read_tagged(path, scheme="io")[0].spans == (Span(0, 6, "PER"),)
     with pytest.raises(DataError, match="line 1: 'PER' is no tag of the scheme bio"):
         read_tagged(path, scheme="bio")
@@ -392,7 +384,7 @@ def test_rows_that_are_wrong_say_where_and_how(tmp_path: Path, row: dict[str, ob
 
 
 def test_options_that_are_wrong(tmp_path: Path) -> None:
-    path = packed(tmp_path / "a.conll", COLUMNS)
+    path = written(tmp_path / "a.conll", COLUMNS)
     with pytest.raises(ConfigError, match="limit=0: a limit is 1 text or more"):
         read_tagged(path, limit=0)
     with pytest.raises(ConfigError, match=r"split='train' is for datasets on the Hub \(hf:name\); .* leave it out"):

@@ -9,13 +9,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from deltaprompt.errors import ConfigError
 from deltaprompt.types import Example
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,6 @@ def some(texts: Sequence[Example], size: int, what: str) -> Sequence[Example]:
     return spread(texts, size)
 
 
-def spread(texts: Sequence[Example], size: int) -> Sequence[Example]:
+def spread(texts: Sequence[T], size: int) -> Sequence[T]:
     """At most so many of the texts, evenly spaced, since those of one label may stand together."""
     return texts if len(texts) <= size else [texts[i * len(texts) // size] for i in range(size)]

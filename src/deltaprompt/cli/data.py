@@ -42,12 +42,10 @@ def rows(source: str, asked: DataTable, fields: Collection[str], role: str) -> l
     return found
 
 
-def apart(
-    asked: DataTable, fields: Collection[str], train: list[Example]
-) -> tuple[Sequence[Example], Sequence[Example] | None]:
-    """The training rows, and those to measure on: of a file of their own, or a share of the former."""
+def apart(asked: DataTable, train: list[Example]) -> tuple[Sequence[Example], Sequence[Example] | None]:
+    """The training rows, and the share of them that is kept to measure on, where one is asked for."""
     if asked.test_share is None:
-        return train, None if asked.test is None else rows(asked.test, asked, fields, "test")
+        return train, None
     if asked.test is not None:
         raise ConfigError(
             f"test = {asked.test!r} and test_share = {asked.test_share} were both given; give one of them"

@@ -155,7 +155,9 @@ def _run(recipe: Recipe, resume: bool) -> SeedsResult | GridResult:
         return entities.fit(recipe, recipe.pairs, loaded(recipe.backbone, [recipe.task.template]), resume)
     source = training_file(recipe)
     fields = fields_of(recipe)
-    train, test = apart(recipe.data, fields, rows(source, recipe.data, fields, "train"))
+    train, test = apart(recipe.data, rows(source, recipe.data, fields, "train"))
+    if recipe.data.test is not None:
+        test = rows(recipe.data.test, recipe.data, fields, "test")
     dev = None if recipe.data.dev is None else rows(recipe.data.dev, recipe.data, fields, "dev")
     more = recipe.data.unlabelled
     unlabelled = [] if more is None else rows(more, recipe.data, fields, "unlabelled")

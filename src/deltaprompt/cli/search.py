@@ -97,9 +97,7 @@ def _run(recipe: Recipe, own: Mapping[str, Any], trains: bool, resume: bool) -> 
     source, fields, test = training_file(recipe), fields_of(recipe), recipe.data.test
     if test is not None and not test.startswith(HUB) and not Path(test).is_file():
         raise ConfigError(f"there is no file of test rows {test!r}; mend test in [data], or leave it out")
-    train, held = apart(dataclasses.replace(recipe.data, test=None), fields, rows(source, recipe.data, fields, "train"))
-    if held is not None and test is not None:
-        raise ConfigError("test and test_share were both given; give one of them")
+    train, held = apart(recipe.data, rows(source, recipe.data, fields, "train"))
     dev = None if recipe.data.dev is None else rows(recipe.data.dev, recipe.data, fields, "dev")
     backbone = loaded(recipe.backbone)
     generator = _generator(own, recipe.backbone.device) if kind == "templates" else None

@@ -91,7 +91,7 @@ def split(examples: Sequence[Example], fraction: float, seed: int) -> Dealt:
     """
     if not 0 < fraction < 1:
         raise ConfigError(f"fraction={fraction}: the dev set's share lies between 0 and 1, for example 0.1")
-    classes = _by_labels(examples)
+    classes = by_labels(examples)
     if max(map(len, classes)) < 2:
         raise DataError(
             "every class has 1 row only, so none can go to the dev set; add rows, or train without a dev set"
@@ -115,7 +115,7 @@ def by_class(examples: Sequence[Example]) -> dict[str, list[int]]:
     return classes
 
 
-def _by_labels(examples: Sequence[Example]) -> list[list[int]]:
+def by_labels(examples: Sequence[Example]) -> list[list[int]]:
     """The numbers of the rows with the same labels, in the order of `labels_of`."""
     order = {name: i for i, name in enumerate(by_class(examples))}
     classes: dict[tuple[int, ...], list[int]] = {}

@@ -122,8 +122,7 @@ class Features:
         return {}
 
     def _ids_at(self, word: str, mask: int = 0) -> list[int]:
-        opens, space = self._layout.places[mask]
-        ids = self._codec.one(" " + word if space else word, opens and not space) if word else []
+        ids = self._codec.one(*self._layout.places[mask].ask(word)) if word else []
         if self._codec.unknown in ids:  # no piece of the vocabulary goes on without a blank
             ids = self._codec.one(word)
         return ids
@@ -132,20 +131,14 @@ class Features:
         """The ids of the tokens that are, by themselves, a word of letters as it stands at the (first) mask."""
         texts = {i: self.tokenizer.decode([i]).strip() for i in sorted(set(self.tokenizer.get_vocab().values()))}
         words = {i: text for i, text in texts.items() if text.isalpha() and i not in self._codec.special}
-        space, opens = self._layout.places[0].space, self._opens
-        asks = {i: (" " + word if space else word, opens) for i, word in words.items()}
+        asks = {i: self._layout.places[0].ask(word) for i, word in words.items()}
         found = self._codec.encode(asks.values())
         return [i for i, ask in asks.items() if found[ask].ids == [i]]
 
-    @property
-    def _opens(self) -> bool:
-        """Whether an answer at the (first) mask is tokenised as what opens a text."""
-        return self._layout.places[0].opens and not self._layout.places[0].space
-
     def continued(self, texts: Sequence[str]) -> list[list[int]]:
         """The token ids of texts as they stand behind the prompt; of an encoder-decoder, as they open an answer."""
-        space, opens = self._layout.places[0].space, self._opens
-        asks = [(" " + text.lstrip(" ") if space else text, opens) for text in texts]
+        place = self._layout.places[0]
+        asks = [place.ask(text.lstrip(" ") if place.space else text) for text in texts]
         found = self._codec.encode(asks)
         return [found[ask].ids for ask in asks]
 

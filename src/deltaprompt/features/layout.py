@@ -54,6 +54,10 @@ class Place(NamedTuple):
     opens: bool  # it opens the sequence
     space: bool  # a blank stands before it
 
+    def ask(self, word: str) -> Ask:
+        """The word as it is to be tokenised there."""
+        return (" " + word, False) if self.space else (word, self.opens)
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:

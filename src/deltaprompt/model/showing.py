@@ -62,9 +62,10 @@ def showing(backbone: Backbone, features: Features, verbalizer: Verbalizer, rows
     asked, fields = asked_by(features), features.template.fields
     for row in rows:
         features.label_index(str(row.label))
-    words = {label: words_of(verbalizer, label, features.template.masks) for label in features.labels}
     if features.phrases:
-        words = {label: (text,) for label, text in zip(features.labels, fixed_texts(features.phrases), strict=True)}
+        words = dict(zip(features.labels, fixed_texts(features.phrases), strict=True))
+    else:
+        words = {label: words_of(verbalizer, label, features.template.masks) for label in features.labels}
     states = MeanStates(backbone, _plain(features)) if asked.by == "nearest" else None
     return replace(features, demonstrations=Demonstrations(asked, fields, words, tuple(rows), states)).checked()
 
@@ -86,13 +87,13 @@ def words_of(verbalizer: Verbalizer, label: str, masks: int) -> tuple[str, ...]:
     return words
 
 
-def fixed_texts(phrases: Sequence[Template]) -> list[str]:
+def fixed_texts(phrases: Sequence[Template]) -> list[tuple[str, ...]]:
     """The texts of labels, which are the same in every example."""
     if odd := [str(phrase) for phrase in phrases if phrase.fields]:
         raise ConfigError(
             f"a demonstration shows a label's text, and {odd[0]!r} is another one in every example; leave {{demos}} out"
         )
-    return [phrase.filled({}).strip() for phrase in phrases]
+    return [(phrase.filled({}).strip(),) for phrase in phrases]
 
 
 @dataclass(frozen=True)

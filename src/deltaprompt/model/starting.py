@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from deltaprompt.calibrations._base import spread
+from deltaprompt.data.samplers import by_labels
 from deltaprompt.errors import ConfigError
 from deltaprompt.features import Features
 from deltaprompt.templates import parse
@@ -61,10 +62,8 @@ def looked_at(verbalizer: Started, examples: Sequence[Example], unlabelled: Sequ
         return rows if most is None else list(spread(rows, most))
     if most is None or len(examples) <= most:
         return list(examples)
-    of: dict[tuple[str, ...], list[Example]] = {}
-    for example in examples:
-        of.setdefault(example.gold, []).append(example)
-    return [row for own in of.values() for row in spread(own, max(most // len(of), 1))]
+    each = by_labels(examples)
+    return [examples[n] for own in each for n in spread(own, max(most // len(each), 1))]
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from deltaprompt.backbone import Backbone
 from deltaprompt.backbone.load import quiet
 from deltaprompt.deltas._base import Delta
 from deltaprompt.errors import ConfigError
+from deltaprompt.store import write_text
 from deltaprompt.trainer.run import finite
 
 RECORD = "pretraining.json"
@@ -82,9 +82,7 @@ def keep(
         own = {name: t.contiguous() for name, t in learned.items()}
         save_file(own, out / DELTA, {LEARNED: json.dumps(told)})  # one key: their order is another each time
     record = {"schema": SCHEMA, **run.as_json(), "sources": list(sources), "settings": dict(settings)}
-    part = out / f".{RECORD}"
-    part.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, out / RECORD)
+    write_text(out / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def kept(out: Path) -> dict[str, Any] | None:

@@ -53,9 +53,12 @@ class Verbalizer(ABC):
     def params(self, s: Setting) -> Mapping[str, Param]:
         """Its own tensors, one slot of each: those that train, and those that only its start writes."""
 
-    @abstractmethod
     def constants(self, s: Setting) -> Mapping[str, Tensor]:
-        """Its tensors that never change. A class without an entry, or a kind of backbone that does not fit, raises."""
+        """Its tensors that never change; none unless a class says so.
+
+        A class without an entry, or a kind of backbone that does not fit, raises.
+        """
+        return {}
 
     @abstractmethod
     def scores(self, w: Weights, s: Setting, at: AtMask) -> Tensor:
@@ -108,9 +111,9 @@ class Started(ABC):
         """The texts, besides the support, whose states it starts from; none unless a class says so."""
         return ()
 
-    @abstractmethod
     def observed(self, w: Weights, s: Setting, at: AtMask) -> Tensor:
-        """What it keeps of a row: [b, k]. The start is given these of all rows; `pooled` states are the usual."""
+        """What it keeps of a row, [b, k], of which the start is given all rows'; its states unless a class says so."""
+        return pooled(at)
 
     @abstractmethod
     def start(self, w: Weights, s: Setting, texts: Tensor, support: Tensor, classes: Tensor) -> Mapping[str, Tensor]:

@@ -61,9 +61,6 @@ class DecT(Wordable, Verbalizer, Started):
         z = Param((classes, self.dim), normal((2 / (classes + self.dim)) ** 0.5), trains=not self.legacy)  # Xavier
         return {"w": Param((self.dim, s.width), normal(s.width**-0.5)), "z": z, "r": Param((classes,), zeros)}
 
-    def observed(self, w: Weights, s: Setting, at: AtMask) -> Tensor:
-        return pooled(at)
-
     def start(self, w: Weights, s: Setting, texts: Tensor, support: Tensor, classes: Tensor) -> Mapping[str, Tensor]:
         each_has_examples(s, classes, "a sphere")
         x = normalize(support.to(w["w"].dtype) @ w["w"].mT, dim=-1)  # [n, k]

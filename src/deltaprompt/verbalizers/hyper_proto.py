@@ -64,12 +64,6 @@ class HyperProto(Verbalizer, Started):
     def params(self, s: Setting) -> Mapping[str, Param]:
         return {"z": Param((len(s.labels), s.width), zeros), "r": Param((len(s.labels),), zeros)}
 
-    def constants(self, s: Setting) -> Mapping[str, Tensor]:
-        return {}
-
-    def observed(self, w: Weights, s: Setting, at: AtMask) -> Tensor:
-        return pooled(at)
-
     def start(self, w: Weights, s: Setting, texts: Tensor, support: Tensor, classes: Tensor) -> Mapping[str, Tensor]:
         each_has_examples(s, classes, "a sphere")
         support = normalize(support, dim=-1) if self.unit else support

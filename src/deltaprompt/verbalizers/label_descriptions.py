@@ -41,9 +41,6 @@ class LabelDescriptions(Verbalizer, Started):
     def texts(self, s: Setting) -> Sequence[str]:
         return [self.descriptions[label] for label in s.labels]
 
-    def observed(self, w: Weights, s: Setting, at: AtMask) -> Tensor:
-        return pooled(at)
-
     def start(self, w: Weights, s: Setting, texts: Tensor, support: Tensor, classes: Tensor) -> Mapping[str, Tensor]:
         return {"z": texts}
 

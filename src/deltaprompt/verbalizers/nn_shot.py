@@ -51,12 +51,6 @@ class NNShot(Verbalizer, Started):
         room = (len(s.labels), self.each)
         return {"s": Param((*room, s.width), zeros, trains=self.trains), "has": Param(room, zeros, trains=False)}
 
-    def constants(self, s: Setting) -> Mapping[str, Tensor]:
-        return {}
-
-    def observed(self, w: Weights, s: Setting, at: AtMask) -> Tensor:
-        return pooled(at)
-
     def start(self, w: Weights, s: Setting, texts: Tensor, support: Tensor, classes: Tensor) -> Mapping[str, Tensor]:
         each_has_examples(s, classes, "a search for the nearest")
         known = (classes >= 0).nonzero()[:, 0]

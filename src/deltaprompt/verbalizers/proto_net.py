@@ -49,12 +49,6 @@ class ProtoNet(Verbalizer, Started):
     def params(self, s: Setting) -> Mapping[str, Param]:
         return {"z": Param((len(s.labels), s.width), zeros)}
 
-    def constants(self, s: Setting) -> Mapping[str, Tensor]:
-        return {}
-
-    def observed(self, w: Weights, s: Setting, at: AtMask) -> Tensor:
-        return pooled(at)
-
     def start(self, w: Weights, s: Setting, texts: Tensor, support: Tensor, classes: Tensor) -> Mapping[str, Tensor]:
         each_has_examples(s, classes, "a prototype")
         return {"z": class_means(self._placed(support), classes, len(s.labels))}

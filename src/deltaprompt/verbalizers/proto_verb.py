@@ -59,9 +59,6 @@ class ProtoVerb(Wordable, Verbalizer, Started, Trained):
     def params(self, s: Setting) -> Mapping[str, Param]:
         return {"w": Param((self.dim, s.width), kaiming), "z": Param((len(s.labels), self.dim), zeros)}
 
-    def observed(self, w: Weights, s: Setting, at: AtMask) -> Tensor:
-        return pooled(at)
-
     def start(self, w: Weights, s: Setting, texts: Tensor, support: Tensor, classes: Tensor) -> Mapping[str, Tensor]:
         each_has_examples(s, classes, "a prototype")
         v = normalize(support.to(w["w"].dtype) @ w["w"].mT, dim=-1)  # [n, d] -> [n, k]

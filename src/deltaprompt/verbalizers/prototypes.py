@@ -57,9 +57,6 @@ class Prototypes(Verbalizer, Started):
     def texts(self, s: Setting) -> Sequence[str]:
         return [self.descriptions[label] for label in s.labels] if self.descriptions else []
 
-    def observed(self, w: Weights, s: Setting, at: AtMask) -> Tensor:
-        return pooled(at)
-
     def start(self, w: Weights, s: Setting, texts: Tensor, support: Tensor, classes: Tensor) -> Mapping[str, Tensor]:
         if len(texts) == 0:
             each_has_examples(s, classes, "a prototype", "; give descriptions")

@@ -60,12 +60,6 @@ class SphericalPrototypes(Verbalizer, Started, Trained):
         shape = (len(s.labels), s.width)
         return {"z": Param(shape, zeros), "weight": Param(shape, kaiming), "bias": Param(shape[:1], zeros)}
 
-    def constants(self, s: Setting) -> Mapping[str, Tensor]:
-        return {}
-
-    def observed(self, w: Weights, s: Setting, at: AtMask) -> Tensor:
-        return pooled(at)
-
     def start(self, w: Weights, s: Setting, texts: Tensor, support: Tensor, classes: Tensor) -> Mapping[str, Tensor]:
         each_has_examples(s, classes, "a prototype")
         if self.legacy:

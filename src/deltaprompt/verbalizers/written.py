@@ -45,9 +45,6 @@ class Written(Verbalizer, Phrased):
     def params(self, s: Setting) -> Mapping[str, Param]:
         return {}
 
-    def constants(self, s: Setting) -> Mapping[str, Tensor]:
-        return {}
-
     def scores(self, w: Weights, s: Setting, at: AtMask) -> Tensor:
         if at.continued is None or at.answers is None:
             raise ConfigError("written answers are scored for whole batches of one task's rows")
