@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from deltaprompt.calibrations.contextualised import Contextualised
     from deltaprompt.calibrations.domain_pmi import DomainPMI
     from deltaprompt.data import (
+        few_sentences,
         few_shot,
         read,
         read_chats,
@@ -37,9 +38,11 @@ if TYPE_CHECKING:
     from deltaprompt.model.generator import Generator, generator
     from deltaprompt.model.many import Many, open_many
     from deltaprompt.model.saved import open_ as open
+    from deltaprompt.model.tagger import Tagger
+    from deltaprompt.model.tagging import Tagging
     from deltaprompt.templates import Template
     from deltaprompt.trainer import Plan, Run, Training, fit, fit_many, fit_typing
-    from deltaprompt.types import Example, Message
+    from deltaprompt.types import Example, Message, Span
     from deltaprompt.verbalizers.automatic import Automatic
     from deltaprompt.verbalizers.dect import DecT
     from deltaprompt.verbalizers.hierarchical import Hierarchical
@@ -93,13 +96,17 @@ __all__ = [
     "Run",
     "SoftPrompt",
     "SoftVerbalizer",
+    "Span",
     "SphericalPrototypes",
+    "Tagger",
+    "Tagging",
     "Task",
     "Template",
     "Training",
     "Written",
     "__version__",
     "adapt",
+    "few_sentences",
     "few_shot",
     "fit",
     "fit_many",
@@ -136,10 +143,14 @@ _WHERE = {
     "Prototypes": "verbalizers.prototypes",
     "Run": "trainer",
     "SoftVerbalizer": "verbalizers.soft",
+    "Span": "types",
+    "Tagger": "model.tagger",
+    "Tagging": "model.tagging",
     "Task": "model",
     "Template": "templates",
     "Training": "trainer",
     "adapt": "model",
+    "few_sentences": "data",
     "few_shot": "data",
     "fit": "trainer",
     "fit_many": "trainer",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from deltaprompt.cli import console, entities, options, writing
+from deltaprompt.cli import console, entities, options, results, tagging, writing
 from deltaprompt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def fit(
     generate: options.Generate = None,
     target: options.Target = None,
     chat: options.ChatFlag = False,
+    find_spans: options.TaggingFlag = False,
     max_length: options.MaxLength = None,
     several: options.Several = False,
     backbone: options.BackboneName = None,
@@ -101,9 +102,11 @@ def _report(chosen: Recipe, result: SeedsResult | GridResult, as_json: bool) -> 
     elif as_json:
         console.print_json(result.as_json() | {"test": result.test or None})
     elif chosen.generation is not None:
-        writing.show(result)
+        results.show(result, writing.called(result.test), "loss", digits=2)
+    elif chosen.tagging is not None:
+        results.show(result, tagging.METRICS, "f1")
     else:
-        _show(result)
+        results.show(result, entities.shown_of(result.test))
 
 
 def _tables(given: dict[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,17 +116,17 @@ def _tables(given: dict[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
     deltas, verbalizer = given["delta"], given["verbalizer"]
     none = deltas == ["none"]
     training = ("epochs", "steps", "batch_size", "learning_rate", "precision")
-    written = writing.tables(given, recipe)
+    instead = {**tagging.tables(given, recipe), **writing.tables(given, recipe)}
     return {
-        **written,
+        **instead,
         "backbone": {"name": given["backbone"], "device": given["device"], "dtype": given["dtype"]},
         "task": {
             "template": given["template"],
             "labels": labels_of(given["describe"]) if given["describe"] else None,
             "order": [name.strip() for name in given["order"].split(",")] if given["order"] else None,
-            "verbalizer": variant_of("verbalizers", verbalizer) if verbalizer else None,
+            "verbalizer": variant_of("verbalizers", verbalizer) if verbalizer and "tagging" not in instead else None,
             "calibration": variant_of("calibrations", given["calibration"]) if given["calibration"] else None,
-            "max_length": None if written else given["max_length"],
+            "max_length": None if instead else given["max_length"],
             "several": given["several"] or None,
         },
         "data": {
@@ -151,6 +154,8 @@ def _run(recipe: Recipe, resume: bool) -> SeedsResult | GridResult:
 
     if recipe.generation is not None:
         return writing.run(recipe, recipe.generation, resume)
+    if recipe.tagging is not None:
+        return tagging.run(recipe, recipe.tagging, resume)
     if recipe.pairs is not None:
         return entities.fit(recipe, recipe.pairs, loaded(recipe.backbone, [recipe.task.template]), resume)
     source = training_file(recipe)
@@ -227,34 +232,3 @@ def told(recipe: Recipe, tasks: Sequence[Task], deltas: Sequence[Delta], kind: s
         console.note(
             "labels stand for themselves; a sentence or a word for each (--describe label=…) mostly does better"
         )
-
-
-def _show(result: SeedsResult) -> None:
-    metrics = entities.shown_of(result.test)
-    columns = ["seed", "dev accuracy", *(f"test {shown}" for shown in metrics.values()), "steps", "seconds"]
-    each = {metric: iter(told["each"]) for metric, told in result.test.items()}
-    body = [
-        [
-            str(seed),
-            "failed" if run.failed else f"{run.best['accuracy']:.3f}" if run.best else "–",
-            *(f"{next(each[m]):.3f}" if each and not run.failed else "–" for m in metrics),
-            str(run.steps),
-            f"{run.seconds:.1f}",
-        ]
-        for seed, run in zip(result.seeds, result.runs, strict=True)
-    ]
-    if len(body) > 1 and result.test:
-        means = [console.plus_minus(result.test[m], len(body) - len(result.failed)) for m in metrics]
-        body.append(["mean ± std", "", *means, "", f"{result.seconds:.1f}"])
-    screen = console.output()
-    screen.print(console.table(columns, body))
-    for seed, why in result.failed.items():
-        screen.print(f"seed {seed} failed: {why}", markup=False, soft_wrap=True)
-    kept = (
-        f"{console.size(result.best.bytes)} in {result.out}"
-        if result.out is not None
-        else "not saved (--out DIR saves it)"
-    )
-    screen.print(f"{result.best.trainable:,} trained parameters, {kept}", markup=False, soft_wrap=True)
-    if result.out is not None:
-        screen.print(f"use it: deltaprompt predict {shlex.quote(str(result.out))} FILE", markup=False, soft_wrap=True)

@@ -60,7 +60,7 @@ def export(
     written = save_peft(model, out, uniform=uniform)
     config = config_of(out)
     words = _words(model) if isinstance(model, Model) else {}
-    template = model.task.template if isinstance(model, Model) else model.generation.template
+    template = model.record()["template"]
     if as_json:
         told = {"out": str(out), "bytes": written, "method": config["peft_type"], "template": template}
         console.print_json({**told, "labels": words})

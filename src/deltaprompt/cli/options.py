@@ -134,6 +134,12 @@ Target = Annotated[
 ChatFlag = Annotated[
     bool, _option("--chat", help="Learn what the assistant says in conversations instead.", panel=TASK)
 ]
+TaggingFlag = Annotated[
+    bool,
+    _option(
+        "--tagging", help="Find spans of texts instead: named entities, slots. Rows are words and tags.", panel=TASK
+    ),
+]
 MaxLength = Annotated[int | None, _option("--max-length", help="Tokens of a text at most.", panel=TASK, metavar="N")]
 
 BackboneName = Annotated[

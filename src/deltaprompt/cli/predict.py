@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deltaprompt.cli import console, entities, options, writing
+from deltaprompt.cli import console, entities, options, tagging, writing
 from deltaprompt.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
-    from deltaprompt.model.generator import Kept
+    from deltaprompt.model.saved import Opened
     from deltaprompt.types import Example
 
 STDIN = "-"
@@ -44,7 +44,7 @@ def predict(
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Label texts: one line each, the label and its probability; or write them, if that is what was learned.
+    """Label texts: one line each, the label and its probability. What learned to write or to find spans does that.
 
     Standard input is one text a line, or JSON lines. With --json each line is an object: label, score, and the scores
     of all labels; or the text.
@@ -52,6 +52,7 @@ def predict(
     from deltaprompt.cli.recipe import pairs
     from deltaprompt.data import read_texts
     from deltaprompt.model.generator import Generator
+    from deltaprompt.model.tagger import Tagger
 
     if source != STDIN and not Path(source).expanduser().exists():
         raise DataError(_no_file(source, folder))
@@ -59,6 +60,8 @@ def predict(
     fields = pairs(field or [], "--field")
     if isinstance(model, Generator):
         examples = writing.inputs(model, source, text, fields)
+    elif isinstance(model, Tagger):
+        examples = tagging.inputs(source, text, fields)
     elif source != STDIN and entities.asked_for(model.features.template.fields):
         examples = iter(entities.mentions(source, None, False, None, None))
     else:
@@ -84,14 +87,18 @@ def evaluate(
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Measure a saved adaptation: accuracy and macro F1 of labels; BLEU, chrF, ROUGE and loss of texts."""
+    """Measure a saved adaptation: accuracy and macro F1 of labels; F1 of spans; BLEU, chrF, ROUGE and loss of texts."""
     from deltaprompt.cli.data import rows
     from deltaprompt.cli.recipe import DataTable, pairs
     from deltaprompt.model.generator import Generator
+    from deltaprompt.model.tagger import Tagger
 
     model = opened(folder, backbone, device)
     if isinstance(model, Generator):
         writing.evaluate(model, folder, file, target, pairs(field or [], "--field"), batch_size, as_json)
+        return
+    if isinstance(model, Tagger):
+        tagging.evaluate(model, folder, file, batch_size, as_json)
         return
     asked = DataTable(text=text, label=label or "label", fields=pairs(field or [], "--field"), drop_empty=drop_empty)
     examples = rows(file, asked, model.features.template.fields, "test")
@@ -106,6 +113,8 @@ def evaluate(
 
 def _line(found: Mapping[str, Any]) -> str:
     """An answer on one line."""
+    if "entities" in found:
+        return tagging.line(found)
     if "text" in found:
         return " ".join(found["text"].splitlines())
     labels = found.get("labels", [found["label"]])
@@ -113,7 +122,7 @@ def _line(found: Mapping[str, Any]) -> str:
     return f"{','.join(labels)}\t{scores}"
 
 
-def opened(folder: Path, backbone: str | None, device: str | None) -> Kept:
+def opened(folder: Path, backbone: str | None, device: str | None) -> Opened:
     """The adaptation in a folder; of a folder of several seeds, or of a grid, the one that was best on dev."""
     from deltaprompt.backbone import load
     from deltaprompt.model.saved import describe, open_

@@ -54,6 +54,16 @@ class TaskTable:
 
 
 @dataclass(frozen=True)
+class TaggingTable:
+    """`[tagging]`: what spans of texts are looked for, in place of `[task]`."""
+
+    types: tuple[str, ...] | None = None  # the data's where not given
+    scheme: str = "bio"
+    verbalizer: Mapping[str, Any] | None = None
+    max_length: int | None = None
+
+
+@dataclass(frozen=True)
 class DataTable:
     """`[data]`: files, and which columns are what."""
 
@@ -114,15 +124,21 @@ class Recipe:
     out: str | None
     grid: GridTable = GridTable()
     generation: Generation | Chat | None = None  # texts are written, and there is no task
+    tagging: TaggingTable | None = None  # spans of texts are found, and there is no task
     pairs: Linked | None = None  # of mentions, to train on without labels
 
 
 WORD_FILE = re.compile(r"\.(txt|csv|jsonl?)(#[0-9]+)?$")  # of label words; #1: the second of several in it
 TABLES = {"backbone": BackboneTable, "task": TaskTable, "data": DataTable, "training": Training, "grid": GridTable}
 WRITING: dict[str, type[Generation | Chat]] = {"generation": Generation, "chat": Chat}  # instead of [task]
-PAIRS = "pairs"
-# keys of [data] that generation has no use for
-OF_LABELS = ("text", "label", "unlabelled", "drop_empty", "test_share", "types")
+TAGGING, PAIRS = "tagging", "pairs"
+INSTEAD: dict[str, Any] = {**WRITING, TAGGING: TaggingTable}  # of [task]
+OF_TEXTS = ("target", "seen")  # keys of [data] for what is written
+OF_LABELS = ("text", "label", "unlabelled", "drop_empty", "types")
+USELESS = {  # keys of [data] that have no meaning beside these tables
+    **dict.fromkeys(WRITING, (*OF_LABELS, "test_share")),
+    TAGGING: (*OF_LABELS, *OF_TEXTS, "fields"),
+}
 TOP = ("deltas", "seeds", "together", "shots", "out")
 NUMBERS = ("shots", "learning_rate")  # axes of a grid whose values are numbers
 HOMES = {  # of an axis: the table that has it where one value is for all, and its option
@@ -140,9 +156,9 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def build(given: Mapping[str, Any]) -> Recipe:
     """The recipe of nested tables; an unknown key is an error that names the nearest known one and its table."""
-    check_keys(given, (*TABLES, *WRITING, PAIRS, *TOP), "")
+    check_keys(given, (*TABLES, *INSTEAD, PAIRS, *TOP), "")
     _check_grid(given)
-    _check_writing(given)
+    _check_instead(given)
     tables: dict[str, Any] = {name: table_of(cls, given.get(name, {}), f"[{name}]") for name, cls in TABLES.items()}
     deltas = given.get("deltas")
     shots = None if given.get("shots") is None else value_of(int, given["shots"], "shots")
@@ -159,6 +175,7 @@ def build(given: Mapping[str, Any]) -> Recipe:
         generation=next(
             (table_of(cls, given[name], f"[{name}]") for name, cls in WRITING.items() if name in given), None
         ),
+        tagging=table_of(TaggingTable, given[TAGGING], f"[{TAGGING}]") if TAGGING in given else None,
         pairs=table_of(Linked, given[PAIRS], f"[{PAIRS}]") if PAIRS in given else None,
     )
 
@@ -167,7 +184,7 @@ def overlaid(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any
     """`under` with what `over` gives (not None) in its place, tables key by key; an axis for the one value it had."""
     made = _leaving(under, over.get("grid") or {})
     for name, value in over.items():
-        if isinstance(value, Mapping) and name in (*TABLES, *WRITING):
+        if isinstance(value, Mapping) and name in (*TABLES, *INSTEAD):
             own = made.get(name, {})
             given = {k: v for k, v in value.items() if v is not None}
             made[name] = {**own, **given} if isinstance(own, Mapping) else own
@@ -288,29 +305,27 @@ def check_keys(given: Mapping[str, Any], known: Sequence[str], where: str) -> No
 def _hint(key: str, known: Sequence[str]) -> str:
     """The nearest name in the table, or the table that the key belongs to."""
     near = nearest(key, known, limit=20)
-    tables: dict[str, Any] = {**TABLES, **WRITING}
+    tables: dict[str, Any] = {**TABLES, **INSTEAD}
     others = {name: {f.name for f in dataclasses.fields(cls)} for name, cls in tables.items() if name != "grid"}
     homes = [name for name, keys in others.items() if key in keys and name not in known]
     return f"; it belongs in [{homes[0]}]" if homes and key not in known and "did you mean" not in near else near
 
 
-def _check_writing(given: Mapping[str, Any]) -> None:
-    """What is said of labels has no place where texts are written, and the other way round."""
-    asked = [f"[{name}]" for name in WRITING if name in given]
-    data = given.get("data", {})
-    keys = [f"{key} in [data]" for key in (OF_LABELS if asked else ("target", "seen")) if key in data]
+def _check_instead(given: Mapping[str, Any]) -> None:
+    """What is said of labels has no place where texts are written or spans found, and the other way round."""
+    asked, data = [name for name in INSTEAD if name in given], given.get("data", {})
+    useless = [f"{key} in [data]" for key in (USELESS[asked[0]] if asked else OF_TEXTS) if key in data]
     if not asked:
-        if keys:
+        if useless:
             raise ConfigError(
-                f"{keys[0]} is of texts that are written: give [generation] too (--generate), or leave it out"
+                f"{useless[0]} is of texts that are written: give [generation] too (--generate), or leave it out"
             )
         return
-    more = [f"[{name}]" for name in ("task", "grid") if given.get(name)] + keys
-    more += ["shots"] if given.get("shots") is not None else []
-    if len(asked) > 1 or more:
-        raise ConfigError(
-            f"{asked[0]} asks for texts, so {(asked[1:] + more)[0]} has no meaning; leave one of them out"
-        )
+    more = [f"[{name}]" for name in (*asked[1:], "task", "grid", PAIRS) if given.get(name)] + useless
+    more += ["shots"] if given.get("shots") is not None and asked[0] in WRITING else []
+    if more:
+        what = "spans of texts" if asked[0] == TAGGING else "texts"
+        raise ConfigError(f"[{asked[0]}] asks for {what}, so {more[0]} has no meaning; leave one of them out")
 
 
 def _check_grid(given: Mapping[str, Any]) -> None:

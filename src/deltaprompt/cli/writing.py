@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,33 +110,10 @@ def evaluate(
     console.output().print(console.table(["", str(folder)], shown))
 
 
-def show(result: SeedsResult) -> None:
-    """A line a seed, and the mean of several."""
-    metrics = [name for name in ("bleu", *APART, "chrf", "rougeL", "loss") if name in result.test]
-    named = [METRICS.get(name) or f"BLEU {name.removeprefix('bleu_')}" for name in metrics]
-    columns = ["seed", "dev loss", *(f"test {name}" for name in named), "steps", "seconds"]
-    each = {metric: iter(result.test[metric]["each"]) for metric in metrics}
-    body = [
-        [
-            str(seed),
-            "failed" if run.failed else f"{run.best['loss']:.3f}" if run.best else "–",
-            *("–" if run.failed else f"{next(each[name]):.2f}" for name in metrics),
-            str(run.steps),
-            f"{run.seconds:.1f}",
-        ]
-        for seed, run in zip(result.seeds, result.runs, strict=True)
-    ]
-    if len(body) > 1 and metrics:
-        means = [console.plus_minus(result.test[name], len(body) - len(result.failed)) for name in metrics]
-        body.append(["mean ± std", "", *means, "", f"{result.seconds:.1f}"])
-    screen = console.output()
-    screen.print(console.table(columns, body))
-    for seed, why in result.failed.items():
-        screen.print(f"seed {seed} failed: {why}", markup=False, soft_wrap=True)
-    kept = f"{console.size(result.best.bytes)} in {result.out}" if result.out else "not saved (--out DIR saves it)"
-    screen.print(f"{result.best.trainable:,} trained parameters, {kept}", markup=False, soft_wrap=True)
-    if result.out is not None:
-        screen.print(f"use it: deltaprompt predict {shlex.quote(str(result.out))} FILE", markup=False, soft_wrap=True)
+def called(test: Mapping[str, object]) -> dict[str, str]:
+    """The metrics to show of a result, by name, and how they are called."""
+    names = ("bleu", *APART, "chrf", "rougeL", "loss")
+    return {name: METRICS.get(name) or f"BLEU {name.removeprefix('bleu_')}" for name in names if name in test}
 
 
 def _rows(source: str, asked: DataTable, generation: Generation | Chat) -> list[Example]:

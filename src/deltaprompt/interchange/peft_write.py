@@ -21,7 +21,7 @@ from deltaprompt.errors import ConfigError, StoreError
 from deltaprompt.interchange import ia3, lora, prefix, prompt
 from deltaprompt.interchange.folder import write as write_folder
 from deltaprompt.interchange.forms import Piece, Written
-from deltaprompt.model.generator import Trainable
+from deltaprompt.model.trainable import Trainable
 
 FORMS = (LoRA, DoRA, IA3, SoftPrompt, Prefix)
 TASKS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "encoder": "FEATURE_EXTRACTION"}  # peft has none for masked

@@ -17,8 +17,8 @@ from deltaprompt.backbone.shared import alike, rotates_by_length
 from deltaprompt.compose.patch import Patch
 from deltaprompt.features import Encoded
 from deltaprompt.features.rows import Row
-from deltaprompt.model.generator import Generator, Kept
-from deltaprompt.model.model import evaluating
+from deltaprompt.model.generator import Generator
+from deltaprompt.model.model import Model, evaluating
 
 ROUNDING: Final = 64  # units in the last place of a state's norm that other padding may make: 8e-6 in float32
 CUT: Final = 3  # tokens by which the shorter of two rows is shorter
@@ -42,7 +42,7 @@ class Nothing:
     why: str = ""
 
 
-def below(model: Kept, texts: Sequence[Encoded]) -> Below | Nothing:
+def below(model: Model | Generator, texts: Sequence[Encoded]) -> Below | Nothing:
     """What lies below a model's deltas. The shortest text is run by itself, and beside the longest one."""
     if reason := _forbidden(model):
         return Nothing(reason)
@@ -63,7 +63,7 @@ def below(model: Kept, texts: Sequence[Encoded]) -> Below | Nothing:
     return found
 
 
-def _forbidden(model: Kept) -> str:
+def _forbidden(model: Model | Generator) -> str:
     if is_spread(model.backbone.model):
         return "its layers are spread over processes"
     if any(p.requires_grad for p in model.backbone.model.parameters()):
@@ -124,7 +124,7 @@ class _Seen:
 
 
 @contextmanager
-def _watched(model: Kept) -> Iterator[_Seen]:
+def _watched(model: Model | Generator) -> Iterator[_Seen]:
     """Within it a pass tells which layers it has left when the first delta acts."""
     backbone, inner = model.backbone, model.backbone.model
     deltas: dict[nn.Module, Patch] = {}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Final, TypeAlias
 
 import torch
@@ -23,19 +23,20 @@ from deltaprompt.features.batching import bucketed
 from deltaprompt.features.writing import batches, collated
 from deltaprompt.model.decoding import Decoding, decoded, drawn_from
 from deltaprompt.model.generation import Chat, Generation
-from deltaprompt.model.model import Model, at_answers, evaluating
+from deltaprompt.model.model import at_answers, evaluating
 from deltaprompt.model.packing import check_packing
 from deltaprompt.model.reader import of_template, placed
-from deltaprompt.model.similar import Similar
+from deltaprompt.model.trainable import Trainable
 from deltaprompt.model.virtual import begin_from_words, check_room
 from deltaprompt.types import Batch, Example, Message
 
 SCORES: Final = 1 << 26  # scores [n, vocabulary] formed at once: 256 MB in float32
 
+GENERATIONS: Final[Mapping[str, type[Generation | Chat]]] = {"generation": Generation, "chat": Chat}  # in records
 Given: TypeAlias = str | Mapping[str, str] | Example
 
 
-class Generator(nn.Module):
+class Generator(Trainable):
     """A backbone adapted to writing texts. `forward` maps a `Batch` to `{"loss"}`: any trainer can train it.
 
     Args:
@@ -55,7 +56,7 @@ class Generator(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.generation = generation
-        self.once: Callable[[Batch], Tensor] | None = None  # while it trains: reads states, of which it keeps some
+        self.once = None
         self.writing = generation.writing(backbone, instances(deltas))  # says what is wrong before anything is attached
         if carries_deltas(backbone.model):
             raise ConfigError(
@@ -82,11 +83,6 @@ class Generator(nn.Module):
     def packed(self) -> bool:
         """Whether several conversations stand in one row."""
         return isinstance(self.generation, Chat) and self.generation.packed
-
-    @property
-    def device(self) -> torch.device:
-        """Where the backbone is."""
-        return next(self.backbone.model.parameters()).device
 
     # Learning
 
@@ -257,29 +253,10 @@ class Generator(nn.Module):
         check_room(self.chosen, self.features)
         return {f"delta.{name}": tensor for name, tensor in self.adapted.stored(slot).items()}
 
-    def settle(self) -> None:
-        """Every reparametrised delta becomes the plain one that it computes, as `save` keeps it; texts stay."""
-        self.adapted.settle()
-
-    def parameter_count(self, slot: int = 0) -> int:
-        """Trainable numbers of one adaptation."""
-        return sum(tensor[at].numel() for _, tensor, at in self.slot_parts(slot) if tensor.requires_grad)
-
-    def save(
-        self,
-        folder: str | Path,
-        slot: int = 0,
-        training: Mapping[str, Any] | None = None,
-        metrics: Mapping[str, Any] | None = None,
-    ) -> int:
-        """Keeps one adaptation in a folder, with a record of its training; the bytes written. See `saved.save`."""
-        from deltaprompt.model.saved import save
-
-        return save(self, folder, slot, training, metrics)
-
-
-Kept: TypeAlias = Model | Generator  # what a folder keeps
-Trainable: TypeAlias = Kept | Similar  # what the training loop takes
+    def record(self, slot: int = 0) -> dict[str, Any]:
+        """What is to be written, as JSON from which it can be made again."""
+        kind = next(name for name, sort in GENERATIONS.items() if isinstance(self.generation, sort))
+        return {"template": self.generation.template, "generation": {"kind": kind, **asdict(self.generation)}}
 
 
 def generator(

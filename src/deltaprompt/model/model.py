@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -25,12 +24,14 @@ from deltaprompt.model.several import LEAST, chosen
 from deltaprompt.model.showing import demonstrate, shows
 from deltaprompt.model.starting import check_labelled, unlabelled_of
 from deltaprompt.model.task import Task
+from deltaprompt.model.trainable import Trainable
 from deltaprompt.model.virtual import begin_from_words, check_room
+from deltaprompt.registry import describe as described
 from deltaprompt.types import AtMask, Batch, Example
 from deltaprompt.verbalizers._base import Verbalizer, normalised, pooled
 
 
-class Model(nn.Module):
+class Model(Trainable):
     """A backbone adapted to a task. `forward` maps a `Batch` to `{"loss", "logits"}`: any trainer can train it.
 
     Args:
@@ -45,7 +46,7 @@ class Model(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.once: Callable[[Batch], Tensor] | None = None  # while it trains: reads states, of which it keeps some
+        self.once = None
         tasks = [task] * len(seeds) if isinstance(task, Task) else list(task)
         if len(tasks) != len(seeds):
             raise ConfigError(f"{len(tasks)} tasks for {len(seeds)} seeds; give one task for all, or one a seed")
@@ -106,12 +107,18 @@ class Model(nn.Module):
             sizes: where rows of several adaptations stand one after another, the rows of each; `losses` are theirs.
         """
         at = self.at_mask(batch, adaptation)
-        logits = self._scores(at, adaptation)
+        logits = self.scores(at, adaptation)
         if batch.labels is None:
             return {"logits": logits}
-        parts = torch.arange(len(logits), device=logits.device).split(list(sizes or [len(logits)]))
-        each = torch.stack([self._loss(at, logits, batch.labels, rows, adaptation) for rows in parts])
+        each = self.losses(at, logits, batch.labels, adaptation, sizes)
         return {"loss": each.mean(), "losses": each, "logits": logits}
+
+    def losses(
+        self, at: AtMask, logits: Tensor, classes: Tensor, adaptation: Index = None, sizes: Sequence[int] | None = None
+    ) -> Tensor:
+        """The loss of each adaptation's rows, from their scores [b, c]; see `forward`."""
+        parts = torch.arange(len(logits), device=logits.device).split(list(sizes or [len(logits)]))
+        return torch.stack([self._loss(at, logits, classes, rows, adaptation) for rows in parts])
 
     def _loss(self, at: AtMask, logits: Tensor, classes: Tensor, rows: Tensor, adaptation: Index) -> Tensor:
         """The loss of rows of one adaptation."""
@@ -121,7 +128,7 @@ class Model(nn.Module):
 
     def log_distributions(self, batch: Batch, adaptation: Index = None) -> Tensor:
         """log of a distribution over the labels [b, c], also where several may be right, of which one would then be."""
-        return normalised(self._scores(self.at_mask(batch, adaptation), adaptation, of_one=True))
+        return normalised(self.scores(self.at_mask(batch, adaptation), adaptation, of_one=True))
 
     def at_mask(self, batch: Batch, adaptation: Index = None) -> AtMask:
         """The states where the answer is read, and the head that scores words there."""
@@ -145,8 +152,8 @@ class Model(nn.Module):
             return [self.seats[adaptation or 0][0]]
         return sorted({self.seats[slot][0] for slot in adaptation.tolist()})
 
-    def _scores(self, at: AtMask, adaptation: Index, of_one: bool = False) -> Tensor:
-        """Class scores [b, c], of each row by its own task's verbalizer."""
+    def scores(self, at: AtMask, adaptation: Index = None, of_one: bool = False) -> Tensor:
+        """Class scores [b, c] of states, of each row by its own task's verbalizer; with `of_one` of one label each."""
         if len(self.readers) == 1:
             return self.readers[0](at, adaptation, of_one)
         if not isinstance(adaptation, Tensor):
@@ -160,11 +167,6 @@ class Model(nn.Module):
     def encode(self, examples: Sequence[Example], slot: int = 0) -> list[Encoded]:
         """Examples as token ids."""
         return self.reader(slot).features.encode(examples)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the backbone is."""
-        return next(self.backbone.model.parameters()).device
 
     def start(
         self,
@@ -274,25 +276,19 @@ class Model(nn.Module):
         own = self.reader(slot).scorer.tensors.items()
         return kept | {f"verbalizer.{name}": tensor.detach()[self.seats[slot][1]] for name, tensor in own}
 
-    def settle(self) -> None:
-        """Every reparametrised delta becomes the plain one that it computes, as `save` keeps it; answers stay."""
-        self.adapted.settle()
-
-    def parameter_count(self, slot: int = 0) -> int:
-        """Trainable numbers of one adaptation."""
-        return sum(tensor[at].numel() for _, tensor, at in self.slot_parts(slot) if tensor.requires_grad)
-
-    def save(
-        self,
-        folder: str | Path,
-        slot: int = 0,
-        training: Mapping[str, Any] | None = None,
-        metrics: Mapping[str, Any] | None = None,
-    ) -> int:
-        """Keeps one adaptation in a folder, with a record of its training; the bytes written. See `saved.save`."""
-        from deltaprompt.model.saved import save
-
-        return save(self, folder, slot, training, metrics)
+    def record(self, slot: int = 0) -> dict[str, Any]:
+        """What is asked of a slot, as JSON from which it can be made again."""
+        reader = self.reader(slot)
+        calibration, shown = reader.task.calibration, reader.features.demonstrations
+        return {
+            "template": reader.task.template,
+            "labels": reader.task.names,
+            "verbalizer": described("verbalizers", reader.verbalizer),
+            "calibration": None if calibration is None else described("calibrations", calibration),
+            "demonstrations": None if shown is None else shown.as_json(),
+            "max_length": reader.features.max_length,
+            **({"several": True} if reader.task.several else {}),
+        }
 
 
 def read(

@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_of
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,12 +21,13 @@ from deltaprompt.backbone.load import DEMO
 from deltaprompt.compose import plain
 from deltaprompt.deltas._base import Delta
 from deltaprompt.errors import BackboneError, ConfigError, DeltaPromptError, StoreError
-from deltaprompt.model.generation import Chat, Generation
-from deltaprompt.model.generator import Generator, Kept, Trainable
+from deltaprompt.model.generator import GENERATIONS, Generator
 from deltaprompt.model.model import Model
 from deltaprompt.model.showing import restored
-from deltaprompt.model.similar import Similar
+from deltaprompt.model.tagger import Tagger
+from deltaprompt.model.tagging import Tagging
 from deltaprompt.model.task import Task
+from deltaprompt.model.trainable import Trainable
 from deltaprompt.registry import describe as described
 from deltaprompt.registry import from_description
 from deltaprompt.templates import parse
@@ -35,6 +35,7 @@ from deltaprompt.templates import parse
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+Opened: TypeAlias = Model | Generator | Tagger  # what a folder holds
 PROBES = (  # what normalizers, splitters and post-processors differ in: case, accents, blanks, digits, scripts, symbols
     "The quick brown fox doesn't jump over 12 lazy dogs.",
     " Ünïcôdé, ÉCOLE  naïve\tﬁne ½ İstanbul straße",
@@ -42,7 +43,6 @@ PROBES = (  # what normalizers, splitters and post-processors differ in: case, a
     "电影很好看。 映画 영화 фильм सिनेमा فيلم 🙂🎬",
     "one\ntwo\n\n  three…   four — five",
 )
-GENERATIONS: dict[str, type[Generation | Chat]] = {"generation": Generation, "chat": Chat}  # as a record calls them
 ROLES = ("mask_token", "bos_token", "eos_token", "cls_token", "sep_token", "unk_token")  # padding changes no score
 ADVICE = {  # what tells a backbone, the most telling first: how to mend a difference
     "model_type": "give the backbone it was made for, or train again on this one",
@@ -75,7 +75,7 @@ def save(
     """
     kept = tensors(model, slot)
     fixed = {name for name, tensor, _ in model.slot_parts(slot) if not tensor.requires_grad}  # a start's, not trained
-    told = _told_of(model.generation) if isinstance(model, Generator) else _task_told(model, slot)
+    told = model.record(slot)
     record = {
         "deltaprompt": version(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -95,8 +95,8 @@ def open_(
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
-) -> Kept:
-    """The model or generator that was saved in a folder; `deltaprompt.open`.
+) -> Opened:
+    """The model, generator or tagger that was saved in a folder; `deltaprompt.open`.
 
     Args:
         backbone: the one it was made for, where it is at hand; loaded by its stored name where not given.
@@ -240,34 +240,16 @@ def _told(backbone: Mapping[str, Any]) -> str:
     return f"{name} (fingerprint {backbone['fingerprint']})"
 
 
-def _task_told(model: Model | Similar, slot: int) -> dict[str, Any]:
-    """What a record has of a slot's task."""
-    reader = model.reader(slot)
-    calibration, shown = reader.task.calibration, reader.features.demonstrations
-    return {
-        "template": reader.task.template,
-        "labels": reader.task.names,
-        "verbalizer": described("verbalizers", reader.verbalizer),
-        "calibration": None if calibration is None else described("calibrations", calibration),
-        "demonstrations": None if shown is None else shown.as_json(),
-        "max_length": reader.features.max_length,
-        **({"several": True} if reader.task.several else {}),
-    }
-
-
-def _told_of(generation: Generation | Chat) -> dict[str, Any]:
-    """What a record has of a generation."""
-    kind = next(name for name, sort in GENERATIONS.items() if isinstance(generation, sort))
-    return {"template": generation.template, "generation": {"kind": kind, **asdict(generation)}}
-
-
-def _rebuilt(record: Mapping[str, Any], backbone: Backbone, folder: str | Path) -> Kept:
+def _rebuilt(record: Mapping[str, Any], backbone: Backbone, folder: str | Path) -> Opened:
     """The model of a record, its tensors as at the start of training."""
     try:
         if "generation" in record:
             asked = dict(record["generation"])
             deltas = [from_description("deltas", delta) for delta in record["deltas"]]
             return Generator(backbone, GENERATIONS[asked.pop("kind")](**asked), deltas)
+        if "tagging" in record:
+            deltas = [from_description("deltas", delta) for delta in record["deltas"]]
+            return Tagger(backbone, Tagging.recorded(record["tagging"]), deltas)
         task, deltas = asked_of(record)
         model = Model(backbone, task, deltas)
         reader = model.reader()
@@ -279,8 +261,9 @@ def _rebuilt(record: Mapping[str, Any], backbone: Backbone, folder: str | Path) 
 
 def asked_of(record: Mapping[str, Any]) -> tuple[Task, list[Delta]]:
     """The task and the deltas of a record."""
-    if "generation" in record:
-        raise ConfigError("it writes texts and has no labels; open it by itself, with dp.open")
+    if kind := next((kind for kind in ("generation", "tagging") if kind in record), None):
+        what = "writes texts" if kind == "generation" else "finds spans of texts"
+        raise ConfigError(f"it {what} and has no labels of texts; open it by itself, with dp.open")
     verbalizer = from_description("verbalizers", record["verbalizer"])
     deltas = [from_description("deltas", delta) for delta in record["deltas"]]
     asked = record.get("calibration")  # records of before there were any have none

@@ -7,29 +7,26 @@ then the probability that both mention one entity. The official code has a Sinkh
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from deltaprompt.backbone import Backbone
-from deltaprompt.compose import Adapted, Index
+from deltaprompt.compose import Index
 from deltaprompt.data.linked import APART, SAME, rows_of_pair
-from deltaprompt.deltas._base import Delta
 from deltaprompt.errors import ConfigError, DataError
-from deltaprompt.features import Encoded, Features
+from deltaprompt.features import Encoded
 from deltaprompt.model.model import Model, evaluating
-from deltaprompt.model.reader import Reader
 from deltaprompt.model.starting import calibrate
+from deltaprompt.model.wrapped import Wrapped
 from deltaprompt.types import Batch, Example
 from deltaprompt.verbalizers._base import Started
 
 LEAST: Final = 1e-6  # is added to s and to 1 − s in their logarithms, as in the official code
 
 
-class Similar(nn.Module):
+class Similar(Wrapped):
     """A model that learns from pairs of texts; what it learns is the model's own, which then answers without examples.
 
     `forward` maps a `Batch` of pairs to `{"loss", "similarity"}`: any trainer can train it.
@@ -39,7 +36,6 @@ class Similar(nn.Module):
     """
 
     def __init__(self, model: Model) -> None:
-        super().__init__()
         for slot in range(model.adapted.slots):
             verbalizer = model.reader(slot).verbalizer
             if isinstance(verbalizer, Started) and verbalizer.labelled:
@@ -47,7 +43,7 @@ class Similar(nn.Module):
                     f"{type(verbalizer).__name__} starts from labelled examples, and pairs have no labels; choose "
                     "words, as hierarchical and label_words have them"
                 )
-        self.model = model
+        super().__init__(model)
         self.train(False)
 
     def forward(self, batch: Batch, adaptation: Index = None, sizes: Sequence[int] | None = None) -> dict[str, Tensor]:
@@ -96,70 +92,13 @@ class Similar(nn.Module):
         self.model.start([], slot, batch_size, texts)
         calibrate(self.model, texts, slot, batch_size)
 
-    # The model's own
-
-    @property
-    def backbone(self) -> Backbone:
-        """What is adapted."""
-        return self.model.backbone
-
-    @property
-    def adapted(self) -> Adapted:
-        """The backbone with its deltas."""
-        return self.model.adapted
-
-    @property
-    def chosen(self) -> tuple[Delta, ...]:
-        """The task's deltas."""
-        return self.model.chosen
-
-    @property
-    def features(self) -> Features:
-        """How texts become token ids."""
-        return self.model.features
-
-    @property
-    def device(self) -> torch.device:
-        """Where the backbone is."""
-        return self.model.device
-
-    def reader(self, slot: int = 0) -> Reader:
-        """How an adaptation's texts are read and scored."""
-        return self.model.reader(slot)
-
     def evaluate(self, examples: Sequence[Example], batch_size: int = 32, slot: int = 0) -> dict[str, float]:
         """How good the model is on labelled examples, none of which it has seen."""
         return self.model.evaluate(examples, batch_size, slot)
 
-    def parts(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Every trainable tensor by stored name."""
-        return self.model.parts()
-
-    def slot_parts(self, slot: int = 0) -> Iterator[tuple[str, nn.Parameter, int]]:
-        """Every tensor that an adaptation has a part of, by stored name, and which part it is."""
-        return self.model.slot_parts(slot)
-
-    def stored(self, slot: int = 0) -> dict[str, Tensor]:
-        """What is kept of one slot, by stored name."""
-        return self.model.stored(slot)
-
-    def settle(self) -> None:
-        """Every reparametrised delta becomes the plain one that it computes."""
-        self.model.settle()
-
-    def parameter_count(self, slot: int = 0) -> int:
-        """Trainable numbers of one adaptation."""
-        return self.model.parameter_count(slot)
-
-    def save(
-        self,
-        folder: str | Path,
-        slot: int = 0,
-        training: Mapping[str, Any] | None = None,
-        metrics: Mapping[str, Any] | None = None,
-    ) -> int:
-        """Keeps one adaptation of the model in a folder; the bytes written."""
-        return self.model.save(folder, slot, training, metrics)
+    def record(self, slot: int = 0) -> dict[str, Any]:
+        """What is asked of the model within, which is what is kept."""
+        return self.model.record(slot)
 
 
 def jensen_shannon(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from deltaprompt.backbone.fingerprint import fingerprint
 from deltaprompt.backbone.layers import is_spread, spread
 from deltaprompt.compose import Index
 from deltaprompt.errors import ConfigError
-from deltaprompt.model.generator import Trainable
+from deltaprompt.model.trainable import Trainable
 from deltaprompt.trainer.training import Precision, Training
 from deltaprompt.types import Batch
 

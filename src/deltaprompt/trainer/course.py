@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaprompt.features import Encoded
-from deltaprompt.model.generator import Trainable
+from deltaprompt.model.trainable import Trainable
 from deltaprompt.trainer.accelerated import optimizer_for
 from deltaprompt.trainer.kept import Kept
 from deltaprompt.trainer.objective import objective_of

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from deltaprompt.errors import ConfigError, TrainingError
 from deltaprompt.features import Encoded
-from deltaprompt.model.generator import Trainable
 from deltaprompt.model.saved import fill
+from deltaprompt.model.trainable import Trainable
 from deltaprompt.trainer import failures
 from deltaprompt.trainer.accelerated import is_main, recomputed
 from deltaprompt.trainer.checkpoint import Checkpoints

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 from deltaprompt.model.below import Below, Nothing
-from deltaprompt.model.generator import Trainable
 from deltaprompt.model.model import evaluating
 from deltaprompt.model.once import Once
+from deltaprompt.model.trainable import Trainable
 from deltaprompt.trainer.accelerated import processes
 from deltaprompt.trainer.course import Course
 from deltaprompt.trainer.objective import objective_of

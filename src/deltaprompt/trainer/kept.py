@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from deltaprompt import store
-from deltaprompt.model.generator import Trainable
 from deltaprompt.model.saved import save, tensors
+from deltaprompt.model.trainable import Trainable
 from deltaprompt.trainer.checkpoint import Checkpoints
 from deltaprompt.trainer.run import Metrics, Run, finite
 

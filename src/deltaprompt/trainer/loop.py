@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deltaprompt.errors import TrainingError
 from deltaprompt.features import Encoded
-from deltaprompt.model.generator import Trainable
+from deltaprompt.model.trainable import Trainable
 from deltaprompt.trainer import failures
 from deltaprompt.trainer.accelerated import accelerator_for, prepared
 from deltaprompt.trainer.checkpoint import Checkpoints, hold_back_weights

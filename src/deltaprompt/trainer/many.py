@@ -11,8 +11,8 @@ from torch import Tensor
 
 from deltaprompt.errors import ConfigError, SiteError, TrainingError
 from deltaprompt.features.batching import chunks
-from deltaprompt.model.generator import Trainable
 from deltaprompt.model.saved import fill
+from deltaprompt.model.trainable import Trainable
 from deltaprompt.trainer.accelerated import is_main, processes
 from deltaprompt.trainer.checkpoint import SETTINGS, Checkpoints
 from deltaprompt.trainer.fitting import Seat, finished_at, seat_of, trained

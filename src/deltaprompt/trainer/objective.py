@@ -11,14 +11,16 @@ from deltaprompt.errors import ConfigError
 from deltaprompt.features import Encoded
 from deltaprompt.model import Model
 from deltaprompt.model.below import Below, Nothing, below
-from deltaprompt.model.generator import Generator, Trainable
+from deltaprompt.model.generator import Generator
 from deltaprompt.model.reader import Reader
 from deltaprompt.model.similar import Similar, label_of
+from deltaprompt.model.starting import calibrate
+from deltaprompt.model.tagger import Tagger
+from deltaprompt.model.trainable import Trainable
 from deltaprompt.trainer.measure import measured
 from deltaprompt.trainer.plan import Plan, told
-from deltaprompt.trainer.untrained import begin, prepare, takes_examples
 from deltaprompt.types import Batch, Example
-from deltaprompt.verbalizers._base import Trained
+from deltaprompt.verbalizers._base import Started, Trained
 
 if TYPE_CHECKING:
     from deltaprompt.trainer.accelerated import Lone
@@ -31,25 +33,25 @@ class Objective(ABC):
     def check(self, name: str, examples: Sequence[Example]) -> None:
         """Raises where an example of a set lacks what training needs."""
 
-    @abstractmethod
     def takes_examples(self, slot: int) -> bool:
-        """Whether examples change a slot though nothing of it trains."""
+        """Whether examples change a slot though nothing of it trains; not unless a model says so."""
+        return False
 
     @abstractmethod
     def told(self, slot: int) -> dict[str, Any]:
         """What is asked of a slot, in a few words by name."""
 
-    @abstractmethod
     def group(self, slot: int) -> int:
-        """Slots of one number read the same examples as the same rows."""
+        """Slots of one number read the same examples as the same rows; all do unless a model says so."""
+        return 0
 
-    @abstractmethod
     def prepare(self, slot: int, plan: Plan) -> None:
-        """Gives a slot what its texts need to be read."""
+        """Gives a slot what its texts need to be read: mostly nothing."""
+        return
 
-    @abstractmethod
     def start(self, slot: int, plan: Plan) -> None:
-        """Gives a slot what it has from examples before it trains."""
+        """Gives a slot what it has from examples before it trains: nothing unless a model says so."""
+        return
 
     @abstractmethod
     def collate(self, rows: Sequence[Encoded]) -> Batch:
@@ -60,13 +62,13 @@ class Objective(ABC):
     def left(self) -> bool:
         """Whether rows are padded on the left."""
 
-    @abstractmethod
     def sort(self, slot: int, row: Encoded) -> tuple[int, int]:
         """Slots of another sort than this do not share a pass."""
+        return 1, -1
 
-    @abstractmethod
     def whole(self, slots: Sequence[int]) -> bool:
         """Whether the rows of a slot's batch must stay together, since they have one loss."""
+        return False
 
     @abstractmethod
     def measured(self, module: Lone, rows: Sequence[Encoded], batch_size: int, slot: int) -> dict[str, float]:
@@ -93,7 +95,9 @@ class Labelling(Objective):
             raise ConfigError(f"{name} example {bare} has no label; training needs one on each")
 
     def takes_examples(self, slot: int) -> bool:
-        return takes_examples(self.model, slot)
+        reader = self.model.reader(slot)
+        shows = reader.features.template.demos is not None
+        return shows or reader.task.calibration is not None or isinstance(reader.verbalizer, Started)
 
     def told(self, slot: int) -> dict[str, Any]:
         reader = self.model.reader(slot)
@@ -104,10 +108,14 @@ class Labelling(Objective):
         return self.model.seats[slot][0]
 
     def prepare(self, slot: int, plan: Plan) -> None:
-        prepare(self.model, plan, slot)
+        features = self.model.reader(slot).features
+        if features.template.demos is not None and features.demonstrations is None:
+            self.model.demonstrate(plan.train, slot, plan.seed)
 
     def start(self, slot: int, plan: Plan) -> None:
-        begin(self.model, plan, slot)
+        rows = plan.training.batch_size
+        self.model.start(plan.train, slot, rows, plan.unlabelled)
+        calibrate(self.model, plan.unlabelled or plan.train, slot, rows)
 
     def collate(self, rows: Sequence[Encoded]) -> Batch:
         return self.model.features.collate(rows)
@@ -141,20 +149,8 @@ class Writing(Objective):
     def check(self, name: str, examples: Sequence[Example]) -> None:
         """Whatever lacks a target is told when it is encoded."""
 
-    def takes_examples(self, slot: int) -> bool:
-        return False
-
     def told(self, slot: int) -> dict[str, Any]:
         return {"task": repr(self.model.generation)}
-
-    def group(self, slot: int) -> int:
-        return 0
-
-    def prepare(self, slot: int, plan: Plan) -> None:
-        """Prompts need nothing."""
-
-    def start(self, slot: int, plan: Plan) -> None:
-        """Nothing begins from examples."""
 
     def collate(self, rows: Sequence[Encoded]) -> Batch:
         return self.model.collate(rows)
@@ -165,12 +161,6 @@ class Writing(Objective):
     @property
     def left(self) -> bool:
         return self.model.features.kind == "causal" and not self.model.packed
-
-    def sort(self, slot: int, row: Encoded) -> tuple[int, int]:
-        return 1, -1
-
-    def whole(self, slots: Sequence[int]) -> bool:
-        return False
 
     def measured(self, module: Lone, rows: Sequence[Encoded], batch_size: int, slot: int) -> dict[str, float]:
         return self.model.measure(rows, batch_size, slot, module)
@@ -189,17 +179,11 @@ class Pairing(Objective):
         for pair in examples:
             label_of(pair)
 
-    def takes_examples(self, slot: int) -> bool:
-        return False
-
     def told(self, slot: int) -> dict[str, Any]:
         return {"task": f"{self.model.reader(slot).task!r}, of pairs"}
 
     def group(self, slot: int) -> int:
         return self.model.model.seats[slot][0]
-
-    def prepare(self, slot: int, plan: Plan) -> None:
-        """Texts need nothing."""
 
     def start(self, slot: int, plan: Plan) -> None:
         self.model.start(plan.train, slot, plan.training.batch_size, plan.unlabelled)
@@ -217,14 +201,49 @@ class Pairing(Objective):
     def sort(self, slot: int, row: Encoded) -> tuple[int, int]:
         return _sort(self.model.reader(slot), self.group(slot), row)
 
-    def whole(self, slots: Sequence[int]) -> bool:
-        return False
-
     def measured(self, module: Lone, rows: Sequence[Encoded], batch_size: int, slot: int) -> dict[str, float]:
         return self.model.measure(rows, batch_size, slot, module)
 
     def below(self, rows: Sequence[Encoded]) -> Below | Nothing:
         return Nothing("each pair has two texts")
+
+
+@dataclass(frozen=True)
+class Finding(Objective):
+    """The loss of words' classes; the best F1 of spans is chosen, and of equal ones the lowest loss."""
+
+    model: Tagger
+
+    def check(self, name: str, examples: Sequence[Example]) -> None:
+        self.model.check(examples, name)
+
+    def takes_examples(self, slot: int) -> bool:
+        return isinstance(self.model.reader(slot).verbalizer, Started)
+
+    def told(self, slot: int) -> dict[str, Any]:
+        return {"task": repr(self.model.tagging)}
+
+    def start(self, slot: int, plan: Plan) -> None:
+        self.model.start(plan.train, slot, plan.training.batch_size)
+
+    def collate(self, rows: Sequence[Encoded]) -> Batch:
+        return self.model.collate(rows)
+
+    def batches(self, rows: Sequence[Encoded], batch_size: int) -> Iterator[Batch]:
+        return self.model.batches(rows, batch_size)
+
+    @property
+    def left(self) -> bool:
+        return False
+
+    def whole(self, slots: Sequence[int]) -> bool:
+        return any(isinstance(self.model.reader(slot).verbalizer, Trained) for slot in slots)
+
+    def measured(self, module: Lone, rows: Sequence[Encoded], batch_size: int, slot: int) -> dict[str, float]:
+        return self.model.measure(rows, batch_size, slot, module)
+
+    def below(self, rows: Sequence[Encoded]) -> Below | Nothing:
+        return below(self.model.model, rows)
 
 
 def _sort(reader: Reader, group: int, row: Encoded) -> tuple[int, int]:
@@ -234,6 +253,13 @@ def _sort(reader: Reader, group: int, row: Encoded) -> tuple[int, int]:
 
 def objective_of(model: Trainable) -> Objective:
     """What a model is trained for."""
-    if isinstance(model, Similar):
-        return Pairing(model)
-    return Writing(model) if isinstance(model, Generator) else Labelling(model)
+    match model:
+        case Model():
+            return Labelling(model)
+        case Generator():
+            return Writing(model)
+        case Tagger():
+            return Finding(model)
+        case Similar():
+            return Pairing(model)
+    raise ConfigError(f"{type(model).__name__} is not what fit trains; possible: Model, Generator, Tagger")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor
 
@@ -106,15 +106,22 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+CHOOSES: Final = ("f1", "accuracy")  # the first that is measured is what the best is chosen by
+
+
 def rank(metrics: Metrics) -> tuple[float, float]:
-    """By accuracy, where it is measured, then by the lower loss; nothing measured is all the same."""
+    """By what chooses, where it is measured, then by the lower loss; nothing measured is all the same."""
     if not metrics:
         return 0.0, 0.0
-    loss = metrics["loss"]
-    return metrics.get("accuracy", 0.0), -loss if math.isfinite(loss) else -math.inf
+    loss, name = metrics["loss"], chooser(metrics)
+    return 0.0 if name == "loss" else metrics[name], -loss if math.isfinite(loss) else -math.inf
+
+
+def chooser(metrics: Metrics) -> str:
+    """The metric that the best is chosen by."""
+    return next((name for name in CHOOSES if name in metrics), "loss")
 
 
 def headline(metrics: Metrics) -> str:
     """The metric that the best is chosen by, and its value."""
-    name = "accuracy" if "accuracy" in metrics else "loss"
-    return f"{name} {metrics[name]:.3f}"
+    return f"{chooser(metrics)} {metrics[chooser(metrics)]:.3f}"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaprompt.errors import ConfigError, TrainingError
-from deltaprompt.model.generator import Trainable
+from deltaprompt.model.trainable import Trainable
 from deltaprompt.store import write_text
 from deltaprompt.trainer.accelerated import is_main
 from deltaprompt.trainer.fitting import fit

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from deltaprompt.errors import ConfigError
-from deltaprompt.model.generator import Trainable
+from deltaprompt.model.trainable import Trainable
 from deltaprompt.trainer.objective import objective_of
 from deltaprompt.trainer.plan import Plan, told
 

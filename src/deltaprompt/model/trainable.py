@@ -1,0 +1,86 @@
+"""What training, saving and opening ask of a model, whatever it answers with: labels, spans or texts."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaprompt.backbone import Backbone
+from deltaprompt.compose import Adapted
+from deltaprompt.deltas._base import Delta
+from deltaprompt.features import Encoded, Features
+from deltaprompt.types import Batch, Example
+
+
+class Trainable(nn.Module, ABC):
+    """A backbone with deltas that learns from examples. `forward` maps a `Batch` to what has the `loss`."""
+
+    backbone: Backbone
+    adapted: Adapted
+    once: Callable[[Batch], Tensor] | None  # while it trains: reads states, of which it keeps some
+
+    @property
+    @abstractmethod
+    def chosen(self) -> tuple[Delta, ...]:
+        """The task's deltas; those that its template asks for come before them."""
+
+    @property
+    @abstractmethod
+    def features(self) -> Features:
+        """How texts become token ids."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone is."""
+        return next(self.backbone.model.parameters()).device
+
+    @abstractmethod
+    def encode(self, examples: Sequence[Example], slot: int = 0) -> list[Encoded]:
+        """Examples as rows to train or to be measured on."""
+
+    @abstractmethod
+    def evaluate(self, examples: Sequence[Example], batch_size: int = 32, slot: int = 0) -> dict[str, float]:
+        """How good it is on examples whose answers are known, by metric."""
+
+    @abstractmethod
+    def record(self, slot: int = 0) -> dict[str, Any]:
+        """What is asked of a slot, as JSON from which it can be made again."""
+
+    # Its tensors
+
+    @abstractmethod
+    def parts(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every trainable tensor `[slots, …]` by stored name."""
+
+    @abstractmethod
+    def slot_parts(self, slot: int = 0) -> Iterator[tuple[str, nn.Parameter, int]]:
+        """Every tensor that an adaptation has a part of, by stored name, and which part it is."""
+
+    @abstractmethod
+    def stored(self, slot: int = 0) -> dict[str, Tensor]:
+        """What is kept of one slot, by stored name: what trains, and of a reparametrised delta what it computes."""
+
+    def settle(self) -> None:
+        """Every reparametrised delta becomes the plain one that it computes, as `save` keeps it; answers stay."""
+        self.adapted.settle()
+
+    def parameter_count(self, slot: int = 0) -> int:
+        """Trainable numbers of one adaptation."""
+        return sum(tensor[at].numel() for _, tensor, at in self.slot_parts(slot) if tensor.requires_grad)
+
+    def save(
+        self,
+        folder: str | Path,
+        slot: int = 0,
+        training: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+    ) -> int:
+        """Keeps one adaptation in a folder, with a record of its training; the bytes written. See `saved.save`."""
+        from deltaprompt.model.saved import save
+
+        return save(self, folder, slot, training, metrics)
