@@ -260,7 +260,7 @@ def test_a_recipe_and_options_that_override_it(reviews, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("tables", "message"),
     [
-        ({"trainign": {}}, "unknown key 'trainign' in the recipe; did you mean 'training'?"),
+        ({"trainign": {}}, "unknown key 'trainign' in the recipe; did you mean 'training' or 'tagging'?"),
         ({"training": {"step": 3}}, "unknown key 'step' in [training]; did you mean 'steps'"),
         ({"data": {"template": "{text}"}}, "unknown key 'template' in [data]; it belongs in [task]"),
         ({"training": {"steps": "many"}}, "[training] steps: got 'many'"),

@@ -321,7 +321,8 @@ def _check_instead(given: Mapping[str, Any]) -> None:
                 f"{useless[0]} is of texts that are written: give [generation] too (--generate), or leave it out"
             )
         return
-    more = [f"[{name}]" for name in (*asked[1:], "task", "grid", PAIRS) if given.get(name)] + useless
+    others = [*asked[1:], *(name for name in ("task", "grid", PAIRS) if given.get(name))]
+    more = [f"[{name}]" for name in others] + useless
     more += ["shots"] if given.get("shots") is not None and asked[0] in WRITING else []
     if more:
         what = "spans of texts" if asked[0] == TAGGING else "texts"
