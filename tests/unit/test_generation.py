@@ -287,7 +287,7 @@ def test_the_record_says_what_is_written(tmp_path: Path):
     assert isinstance(again, dp.Generator)
     assert again.generation == asked
     again.adapted.remove()
-    with pytest.raises(StoreError, match=r"it writes texts and has no labels of texts; open it by itself, with dp.open"):
+    with pytest.raises(StoreError, match=r"it writes texts and has no labels of texts; open it by itself"):
         open_many([tmp_path / "a"], made.backbone)
 
 
