@@ -34,8 +34,10 @@ if TYPE_CHECKING:
     from deltaprompt.errors import DeltaPromptError
     from deltaprompt.interchange import open_peft, save_peft
     from deltaprompt.model import Model, Task, adapt
+    from deltaprompt.model.episodic import Episodic
     from deltaprompt.model.generation import Chat, Generation
     from deltaprompt.model.generator import Generator, generator
+    from deltaprompt.model.learner import Learner
     from deltaprompt.model.many import Many, open_many
     from deltaprompt.model.saved import open_ as open
     from deltaprompt.model.tagger import Tagger
@@ -73,6 +75,7 @@ __all__ = [
     "DecT",
     "DeltaPromptError",
     "DomainPMI",
+    "Episodic",
     "Example",
     "Generation",
     "Generator",
@@ -81,6 +84,7 @@ __all__ = [
     "Knowledgeable",
     "LabelDescriptions",
     "LabelWords",
+    "Learner",
     "LoRA",
     "Many",
     "Message",
@@ -130,11 +134,13 @@ _WHERE = {
     "BatchCalibration": "calibrations.batch",
     "DeltaPromptError": "errors",
     "Chat": "model.generation",
+    "Episodic": "model.episodic",
     "Example": "types",
     "Generation": "model.generation",
     "Generator": "model.generator",
     "LabelDescriptions": "verbalizers.label_descriptions",
     "LabelWords": "verbalizers.label_words",
+    "Learner": "model.learner",
     "Many": "model.many",
     "Message": "types",
     "Model": "model",

@@ -64,6 +64,7 @@ class Batch:
     index: Tensor | None = None  # [b] rows of the data set, so that sorted batches can be put back in order
     answers: tuple[Tensor, Tensor] | None = None  # each class's own text in each row: ids [b, c, t], lengths [b, c]
     targets: Tensor | None = None  # [b, m] the ids that the states at `answer_at` are to give; -1 where a row has fewer
+    episodes: Tensor | None = None  # [b, 2] of each row the number of its episode, and whether it is learned from
 
     def to(self, device: str | torch.device) -> Batch:
         """The same batch with every tensor on `device`."""
@@ -75,6 +76,7 @@ class Batch:
             None if self.index is None else self.index.to(device),
             None if self.answers is None else (self.answers[0].to(device), self.answers[1].to(device)),
             None if self.targets is None else self.targets.to(device),
+            None if self.episodes is None else self.episodes.to(device),
         )
 
 

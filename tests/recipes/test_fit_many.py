@@ -18,7 +18,7 @@ from deltaprompt.deltas.lora import LoRA
 from deltaprompt.errors import ConfigError, TrainingError
 from deltaprompt.model import Model, Task
 from deltaprompt.model.saved import open_
-from deltaprompt.trainer import Plan, Run, Training, fit, fit_many, fit_seeds, loop, objective
+from deltaprompt.trainer import Plan, Run, Training, fit, fit_many, fit_seeds, loop
 from deltaprompt.verbalizers.soft import SoftVerbalizer
 from tests import backbones_zoo as zoo
 from tests.recipes.test_resume import TRAIN, WORDS
@@ -106,11 +106,11 @@ def test_one_stops_early_while_others_go_on(backbone: Backbone, monkeypatch: pyt
     dev = {0: iter([0.5, 0.4, 0.3, 0.9]), 1: iter([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])}
     seen: dict[int, list[Tensor]] = {0: [], 1: []}
 
-    def measured(module: Any, of: Any, rows: Any, batch_size: int, slot: int) -> dict[str, float]:
-        seen[slot].append(module.model.stored(slot)["verbalizer.bias"].clone())
+    def measure(of: Any, rows: Any, batch_size: int, slot: int, through: Any) -> dict[str, float]:
+        seen[slot].append(of.stored(slot)["verbalizer.bias"].clone())
         return {"accuracy": next(dev[slot]), "macro_f1": 0.0, "loss": 1.0}
 
-    monkeypatch.setattr(objective, "measured", measured)
+    monkeypatch.setattr(Model, "measure", measure)
     plans = [replace(plan, training=replace(plan.training, patience=2)) for plan in PLANS]
     runs, learned = many(backbone, plans)
     assert [(run.stopped, run.steps, run.best_step) for run in runs] == [

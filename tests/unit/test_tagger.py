@@ -17,7 +17,7 @@ from deltaprompt.features.words import best_window, window_starts
 from deltaprompt.model.many import open_many
 from deltaprompt.model.tagger import Tagger
 from deltaprompt.model.tagging import Tagging
-from deltaprompt.model.transitions import Moves
+from deltaprompt.model.transitions import Moves, paths_of
 from deltaprompt.trainer import Plan, Training, fit, fit_many
 from deltaprompt.types import Example, Span
 from tests import backbones_zoo as zoo
@@ -241,7 +241,7 @@ def test_f1_is_seqevals():
 
     tagger = made()
     told = tagger.evaluate(ROWS)
-    paths = [tagger._paths(p.log(), [len(p)])[0].tolist() for p in tagger.probabilities(ROWS)]
+    paths = [paths_of(p.log(), [len(p)], tagger.transitions)[0].tolist() for p in tagger.probabilities(ROWS)]
     names = tagger.tagging.tags
     gold = [[names[n] for n in tagger.tagging.classes(row)] for row in ROWS]
     found = [[names[n] for n in path] for path in paths]
@@ -251,7 +251,7 @@ def test_f1_is_seqevals():
 def test_predictions_follow_the_rules_of_the_scheme():
     tagger = made(tagging=Tagging(TYPES, "bmes"))
     for p in tagger.probabilities(ROWS):
-        tags = [tagger.tagging.tags[n] for n in tagger._paths(p.log(), [len(p)])[0].tolist()]
+        tags = [tagger.tagging.tags[n] for n in paths_of(p.log(), [len(p)], tagger.transitions)[0].tolist()]
         for a, b in zip(["O", *tags], [*tags, "O"], strict=True):
             assert (a[0] in "BM") == (b[0] in "ME")
 
@@ -260,8 +260,8 @@ def test_moves_of_other_data_count_in_the_path():
     scores = torch.tensor([[0.0, 0.1, 0.0]] * 4)
     plain = made(tagging=Tagging(TYPES, "io"))
     moved = made(tagging=Tagging(TYPES, "io", moves=Moves(start_out=9, out_out=9, out_in=1), tau=1.0))
-    assert [path.tolist() for path in plain._paths(scores, [3, 1])] == [[1, 1, 1], [1]]
-    assert [path.tolist() for path in moved._paths(scores, [3, 1])] == [[0, 0, 0], [0]]
+    assert [path.tolist() for path in paths_of(scores, [3, 1], plain.transitions)] == [[1, 1, 1], [1]]
+    assert [path.tolist() for path in paths_of(scores, [3, 1], moved.transitions)] == [[0, 0, 0], [0]]
 
 
 def test_odd_texts_have_no_spans_and_break_nothing():

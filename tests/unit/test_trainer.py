@@ -21,7 +21,7 @@ from deltaprompt.deltas._base import Delta
 from deltaprompt.deltas.lora import LoRA
 from deltaprompt.errors import ConfigError, TrainingError
 from deltaprompt.model import Model, Task, adapt
-from deltaprompt.trainer import Run, SeedsResult, Training, fit, fit_seeds, objective
+from deltaprompt.trainer import Run, SeedsResult, Training, fit, fit_seeds
 from deltaprompt.trainer.order import Order
 from deltaprompt.trainer.seeds import told
 from deltaprompt.types import Batch, Example
@@ -269,11 +269,11 @@ def planted(monkeypatch: pytest.MonkeyPatch, *accuracies: float) -> list[dict[st
     """dev gives these accuracies in turn; the tensors that it saw."""
     seen: list[dict[str, Tensor]] = []
 
-    def measured(module: Any, of: Model, rows: Any, batch_size: int, slot: int) -> dict[str, float]:
-        seen.append(weights(module.model))
+    def measure(of: Model, rows: Any, batch_size: int, slot: int, through: Any) -> dict[str, float]:
+        seen.append(weights(of))
         return {"accuracy": accuracies[len(seen) - 1], "macro_f1": 0.0, "loss": 1.0}
 
-    monkeypatch.setattr(objective, "measured", measured)
+    monkeypatch.setattr(Model, "measure", measure)
     return seen
 
 

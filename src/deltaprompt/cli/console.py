@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 import typer
 
-from deltaprompt.errors import DeltaPromptError
+from deltaprompt.errors import ConfigError, DeltaPromptError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,6 +44,21 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(PIPE_CLOSED) from error
 
     return run
+
+
+@contextmanager
+def resumable(out: object, resume: bool, what: str = "the run") -> Iterator[None]:
+    """Within it Ctrl-C ends the command with the one that goes on, where a folder keeps what was done."""
+    if resume and out is None:
+        raise ConfigError(f"--resume needs --out, the folder of {what} that was broken off")
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if out is None:
+            raise
+        again = [word for word in sys.argv[1:] if word != "--resume"]
+        note(f"stopped by Ctrl-C; go on with: {shlex.join(['deltaprompt', *again, '--resume'])}")
+        raise typer.Exit(INTERRUPTED) from error
 
 
 def note(text: str, style: str = "dim") -> None:

@@ -8,7 +8,7 @@ from deltaprompt.cli import entities
 from deltaprompt.cli.console import note
 from deltaprompt.cli.recipe import DataTable, Recipe
 from deltaprompt.cli.task import TEMPLATES
-from deltaprompt.data import few_shot, labels_of, read, split
+from deltaprompt.data import few_shot, labels_of, read, read_relations, split
 from deltaprompt.data.formats import HUB
 from deltaprompt.errors import ConfigError
 from deltaprompt.templates import parse
@@ -20,6 +20,7 @@ SPLITS = {
     "test": "test",
     "unlabelled": "unsupervised",
 }  # the usual names of a hub dataset's splits
+MARKED = frozenset(("marked", "first", "between", "second"))  # fields that rows of relations have
 DEV_SHARE = 0.1  # of all rows, where there are neither shots nor a dev file
 Sets = tuple[Sequence[Example], Sequence[Example] | None]
 
@@ -35,6 +36,9 @@ def rows(source: str, asked: DataTable, fields: Collection[str], role: str) -> l
     labelled = role != "unlabelled"
     if entities.asked_for(fields):
         found = entities.mentions(name, wanted, labelled, on_empty, None if asked.label == "label" else asked.label)
+    elif MARKED & set(fields):
+        column = "relation" if asked.label == "label" else asked.label
+        found = read_relations(name, wanted, labelled=labelled, label=column, on_empty=on_empty)
     else:
         found = read(name, text=text, label=asked.label, fields=own, split=wanted, labelled=labelled, on_empty=on_empty)
     if dropped:

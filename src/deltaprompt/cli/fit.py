@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -69,16 +67,8 @@ def fit(
     from deltaprompt.trainer.accelerated import is_main
 
     chosen = _chosen(recipe, context.params)
-    if resume and chosen.out is None:
-        raise ConfigError("--resume needs --out, the folder of the run that was broken off")
-    try:
+    with console.resumable(chosen.out, resume):
         result = _run(chosen, resume)
-    except KeyboardInterrupt as error:
-        if chosen.out is not None:
-            again = [word for word in sys.argv[1:] if word != "--resume"]
-            console.note(f"stopped by Ctrl-C; go on with: {shlex.join(['deltaprompt', *again, '--resume'])}")
-            raise typer.Exit(console.INTERRUPTED) from error
-        raise
     if not is_main():  # of several processes (torchrun) one speaks
         return
     _report(chosen, result, as_json)

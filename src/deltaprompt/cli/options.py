@@ -62,6 +62,10 @@ Fields = Annotated[
     list[str] | None,
     _option("--field", help="A further field of the template: field=column. Repeat.", panel=DATA, metavar="FIELD=COL"),
 ]
+Support = Annotated[
+    str | None,
+    _option("--support", help="A few labelled rows, for what learned from episodes.", panel=DATA, metavar="FILE"),
+]
 Shots = Annotated[
     int | None,
     _option("--shots", help="Train on so many rows of each label, drawn by seed; 0 for none.", panel=DATA, metavar="K"),

@@ -15,7 +15,10 @@ from deltaprompt.cli import console, entities, options, tagging, writing
 from deltaprompt.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
-    from deltaprompt.model.saved import Opened
+    from deltaprompt.model.generator import Generator
+    from deltaprompt.model.learner import Learner
+    from deltaprompt.model.model import Model
+    from deltaprompt.model.tagger import Tagger
     from deltaprompt.types import Example
 
 STDIN = "-"
@@ -36,6 +39,7 @@ Source = Annotated[
 def predict(
     folder: options.Folder,
     source: Source = STDIN,
+    support: options.Support = None,
     text: options.Text = None,
     field: options.Fields = None,
     backbone: options.OtherBackbone = None,
@@ -56,7 +60,7 @@ def predict(
 
     if source != STDIN and not Path(source).expanduser().exists():
         raise DataError(_no_file(source, folder))
-    model = opened(folder, backbone, device)
+    model = opened(folder, backbone, device, support)
     fields = pairs(field or [], "--field")
     if isinstance(model, Generator):
         examples = writing.inputs(model, source, text, fields)
@@ -76,6 +80,7 @@ def predict(
 def evaluate(
     folder: options.Folder,
     file: Annotated[str, typer.Argument(help="Labelled rows, as fit reads them.", metavar="FILE")],
+    support: options.Support = None,
     text: options.Text = None,
     label: options.Label = None,
     field: options.Fields = None,
@@ -93,7 +98,7 @@ def evaluate(
     from deltaprompt.model.generator import Generator
     from deltaprompt.model.tagger import Tagger
 
-    model = opened(folder, backbone, device)
+    model = opened(folder, backbone, device, support)
     if isinstance(model, Generator):
         writing.evaluate(model, folder, file, target, pairs(field or [], "--field"), batch_size, as_json)
         return
@@ -122,16 +127,38 @@ def _line(found: Mapping[str, Any]) -> str:
     return f"{','.join(labels)}\t{scores}"
 
 
-def opened(folder: Path, backbone: str | None, device: str | None) -> Opened:
-    """The adaptation in a folder; of a folder of several seeds, or of a grid, the one that was best on dev."""
+def opened(
+    folder: Path, backbone: str | None, device: str | None, support: str | None = None
+) -> Model | Generator | Tagger:
+    """The adaptation in a folder; of a folder of several seeds, or of a grid, the one that was best on dev.
+
+    What learned from episodes is first told a few examples, the support.
+    """
     from deltaprompt.backbone import load
+    from deltaprompt.model.learner import Learner
     from deltaprompt.model.saved import describe, open_
 
     folder = settled(folder)
     if backbone is None:
-        return open_(folder, device=device)
-    stored = describe(folder)["backbone"]
-    return open_(folder, load(backbone, kind=stored["kind"], dtype=stored["dtype"], device=device))
+        model = open_(folder, device=device)
+    else:
+        stored = describe(folder)["backbone"]
+        model = open_(folder, load(backbone, kind=stored["kind"], dtype=stored["dtype"], device=device))
+    if isinstance(model, Learner):
+        return _told(model, folder, support)
+    if support is not None:
+        raise ConfigError(f"{folder} knows its labels, and needs no --support")
+    return model
+
+
+def _told(learner: Learner, folder: Path, support: str | None) -> Model | Tagger:
+    from deltaprompt.cli.pools import rows
+
+    if support is None:
+        raise ConfigError(
+            f"{folder} learned from episodes and answers once it has seen a few labelled examples; give --support FILE"
+        )
+    return learner.learned(rows(support, learner.episodic))
 
 
 def settled(folder: Path) -> Path:

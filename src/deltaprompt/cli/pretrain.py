@@ -10,8 +10,6 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import typer
-
 from deltaprompt.cli import console, options
 from deltaprompt.errors import ConfigError
 
@@ -41,12 +39,8 @@ def pretrain(
     chosen = dataclasses.replace(chosen, out=out or chosen.out, device=device or chosen.device)
     if chosen.out is None:
         raise ConfigError("there is nowhere to keep the model: give --out DIR, or out = DIR in the recipe")
-    try:
+    with console.resumable(chosen.out, resume):
         run = _run(chosen, resume)
-    except KeyboardInterrupt as error:
-        again = [word for word in sys.argv[1:] if word != "--resume"]
-        console.note(f"stopped by Ctrl-C; go on with: {shlex.join(['deltaprompt', *again, '--resume'])}")
-        raise typer.Exit(console.INTERRUPTED) from error
     if not is_main():  # of several processes (torchrun) one speaks
         return
     if as_json:

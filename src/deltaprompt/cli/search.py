@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -72,16 +71,8 @@ def search(
         **{"shots": shots, "seeds": seeds, "out": out},
     }
     chosen = build(overlaid(tables, over))
-    if resume and chosen.out is None:
-        raise ConfigError("--resume needs --out, the folder of the search that was broken off")
-    try:
+    with console.resumable(chosen.out, resume, "the search"):
         found = _run(chosen, own, "training" in tables, resume)
-    except KeyboardInterrupt as error:
-        if chosen.out is not None:
-            again = [word for word in sys.argv[1:] if word != "--resume"]
-            console.note(f"stopped by Ctrl-C; go on with: {shlex.join(['deltaprompt', *again, '--resume'])}")
-            raise typer.Exit(console.INTERRUPTED) from error
-        raise
     console.print_json(found.as_json()) if as_json else print(found.markdown(), flush=True)
 
 

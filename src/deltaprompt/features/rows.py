@@ -23,6 +23,7 @@ class Encoded:
     targets: tuple[int, ...] = ()  # the ids that the states at the one sequence's `at` are to give
     parts: tuple[int, ...] = ()  # of several texts in one sequence: the length of each
     labels: tuple[int, ...] = ()  # the classes, where there may be several
+    support: int = 0  # of an episode: the sequences that are learned from; the targets are the classes of all
     answers: tuple[tuple[int, ...], ...] = ()  # of each class the ids of its text in this example
 
     @property
@@ -32,5 +33,5 @@ class Encoded:
 
     @property
     def weight(self) -> int:
-        """How much it counts in a mean loss: once, or once for each id to be generated."""
-        return len(self.targets) or 1
+        """How much it counts in a mean loss: once, or once for each id to be generated; an episode once."""
+        return 1 if self.support else len(self.targets) or 1

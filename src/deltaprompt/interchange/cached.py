@@ -17,7 +17,7 @@ from deltaprompt.compose.patch import Patch
 from deltaprompt.deltas._base import KeyValue
 from deltaprompt.deltas._position_shift import PositionShift
 from deltaprompt.errors import StoreError
-from deltaprompt.model.model import evaluating
+from deltaprompt.model.trainable import evaluating
 
 PROBE = 5  # tokens
 CLOSE = 1e-4  # of the largest number, in float32

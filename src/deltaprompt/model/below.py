@@ -18,7 +18,8 @@ from deltaprompt.compose.patch import Patch
 from deltaprompt.features import Encoded
 from deltaprompt.features.rows import Row
 from deltaprompt.model.generator import Generator
-from deltaprompt.model.model import Model, evaluating
+from deltaprompt.model.model import Model
+from deltaprompt.model.trainable import evaluating
 
 ROUNDING: Final = 64  # units in the last place of a state's norm that other padding may make: 8e-6 in float32
 CUT: Final = 3  # tokens by which the shorter of two rows is shorter

@@ -23,10 +23,10 @@ from deltaprompt.features.batching import bucketed
 from deltaprompt.features.writing import batches, collated
 from deltaprompt.model.decoding import Decoding, decoded, drawn_from
 from deltaprompt.model.generation import Chat, Generation
-from deltaprompt.model.model import at_answers, evaluating
+from deltaprompt.model.model import at_answers
 from deltaprompt.model.packing import check_packing
 from deltaprompt.model.reader import of_template, placed
-from deltaprompt.model.trainable import Trainable
+from deltaprompt.model.trainable import Trainable, evaluating
 from deltaprompt.model.virtual import begin_from_words, check_room
 from deltaprompt.types import Batch, Example, Message
 

@@ -10,10 +10,33 @@ import math
 from collections.abc import Sequence, Set
 
 import numpy as np
+import torch
+from torch import nn
 
+from deltaprompt.features import Encoded, Features
 from deltaprompt.hierarchy import Way, ancestors, are_paths
+from deltaprompt.model.several import chosen, right
+from deltaprompt.model.task import Task
+from deltaprompt.model.trainable import evaluating
 
 Classes = Sequence[Sequence[int]]  # of each example
+
+
+@torch.inference_mode()
+def measured(
+    module: nn.Module, features: Features, task: Task, rows: Sequence[Encoded], batch_size: int, slot: int
+) -> dict[str, float]:
+    """`{"accuracy", "macro_f1", …, "loss"}` of labelled rows, by one slot of the model that a module is."""
+    loss, device = 0.0, next(module.parameters()).device
+    gold, found = list[list[int]](), list[list[int]]()
+    with evaluating(module):
+        for batch in features.batches(rows, batch_size):
+            out = module(batch.to(device), slot)
+            assert batch.labels is not None
+            loss += float(out["loss"]) * len(batch.labels)
+            gold += right(batch.labels)
+            found += chosen(out["logits"], task.several)
+    return {**measures(task.names, gold, found, task.several), "loss": loss / len(gold)}
 
 
 def measures(names: Sequence[str], gold: Classes, found: Classes, several: bool) -> dict[str, float]:

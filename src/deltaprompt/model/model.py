@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -18,13 +18,13 @@ from deltaprompt.deltas._base import Delta
 from deltaprompt.errors import ConfigError
 from deltaprompt.features import Encoded, Features
 from deltaprompt.model import starting
-from deltaprompt.model.label_metrics import measures
+from deltaprompt.model.label_metrics import measured, measures
 from deltaprompt.model.reader import Reader, Scorer, check_alike, of_rows, of_template, placed
 from deltaprompt.model.several import LEAST, chosen
 from deltaprompt.model.showing import demonstrate, shows
 from deltaprompt.model.starting import check_labelled, unlabelled_of
 from deltaprompt.model.task import Task
-from deltaprompt.model.trainable import Trainable
+from deltaprompt.model.trainable import Trainable, evaluating
 from deltaprompt.model.virtual import begin_from_words, check_room
 from deltaprompt.registry import describe as described
 from deltaprompt.types import AtMask, Batch, Example
@@ -248,6 +248,12 @@ class Model(Trainable):
         found = chosen(self.probabilities(examples, batch_size, slot), task.several, LEAST)
         return measures(task.names, gold, found, task.several)
 
+    def measure(
+        self, rows: Sequence[Encoded], batch_size: int = 32, slot: int = 0, through: nn.Module | None = None
+    ) -> dict[str, float]:
+        """`{"accuracy", "macro_f1", …, "loss"}` of labelled rows."""
+        return measured(through or self, self.features, self.task, rows, batch_size, slot)
+
     def _at(self, slot: int) -> Reader:
         """The reader of a slot that somebody named."""
         check_slot(slot, self.adapted.slots)
@@ -353,18 +359,6 @@ def adapt(backbone: Backbone, task: Task, deltas: Sequence[Delta] = (), seed: in
     if model.features.template.demos is None:  # else what it shows comes first
         starting.at_once(model)
     return model
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within it the model, each module of which then goes back to its own mode, is in evaluation mode."""
-    was = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in was:
-            module.training = training
 
 
 def answer(task: Task, probabilities: Sequence[float]) -> dict[str, Any]:

@@ -21,7 +21,9 @@ from deltaprompt.backbone.load import DEMO
 from deltaprompt.compose import plain
 from deltaprompt.deltas._base import Delta
 from deltaprompt.errors import BackboneError, ConfigError, DeltaPromptError, StoreError
+from deltaprompt.model.episodic import Episodic
 from deltaprompt.model.generator import GENERATIONS, Generator
+from deltaprompt.model.learner import Learner
 from deltaprompt.model.model import Model
 from deltaprompt.model.showing import restored
 from deltaprompt.model.tagger import Tagger
@@ -35,7 +37,12 @@ from deltaprompt.templates import parse
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Opened: TypeAlias = Model | Generator | Tagger  # what a folder holds
+Opened: TypeAlias = Model | Generator | Tagger | Learner  # what a folder holds
+UNLABELLED = {  # what records of models without labels of their own have, and what those do
+    "generation": "writes texts",
+    "tagging": "finds spans of texts",
+    "episodic": "learns from episodes",
+}
 PROBES = (  # what normalizers, splitters and post-processors differ in: case, accents, blanks, digits, scripts, symbols
     "The quick brown fox doesn't jump over 12 lazy dogs.",
     " Ünïcôdé, ÉCOLE  naïve\tﬁne ½ İstanbul straße",
@@ -243,13 +250,14 @@ def _told(backbone: Mapping[str, Any]) -> str:
 def _rebuilt(record: Mapping[str, Any], backbone: Backbone, folder: str | Path) -> Opened:
     """The model of a record, its tensors as at the start of training."""
     try:
+        deltas = [from_description("deltas", delta) for delta in record["deltas"]]
         if "generation" in record:
             asked = dict(record["generation"])
-            deltas = [from_description("deltas", delta) for delta in record["deltas"]]
             return Generator(backbone, GENERATIONS[asked.pop("kind")](**asked), deltas)
         if "tagging" in record:
-            deltas = [from_description("deltas", delta) for delta in record["deltas"]]
             return Tagger(backbone, Tagging.recorded(record["tagging"]), deltas)
+        if "episodic" in record:
+            return Learner(backbone, Episodic.recorded(record["episodic"]), deltas)
         task, deltas = asked_of(record)
         model = Model(backbone, task, deltas)
         reader = model.reader()
@@ -261,9 +269,8 @@ def _rebuilt(record: Mapping[str, Any], backbone: Backbone, folder: str | Path) 
 
 def asked_of(record: Mapping[str, Any]) -> tuple[Task, list[Delta]]:
     """The task and the deltas of a record."""
-    if kind := next((kind for kind in ("generation", "tagging") if kind in record), None):
-        what = "writes texts" if kind == "generation" else "finds spans of texts"
-        raise ConfigError(f"it {what} and has no labels of texts; open it by itself, with dp.open")
+    if kind := next((kind for kind in UNLABELLED if kind in record), None):
+        raise ConfigError(f"it {UNLABELLED[kind]} and has no labels of texts; open it by itself, with dp.open")
     verbalizer = from_description("verbalizers", record["verbalizer"])
     deltas = [from_description("deltas", delta) for delta in record["deltas"]]
     asked = record.get("calibration")  # records of before there were any have none

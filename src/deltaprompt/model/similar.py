@@ -17,8 +17,9 @@ from deltaprompt.compose import Index
 from deltaprompt.data.linked import APART, SAME, rows_of_pair
 from deltaprompt.errors import ConfigError, DataError
 from deltaprompt.features import Encoded
-from deltaprompt.model.model import Model, evaluating
+from deltaprompt.model.model import Model
 from deltaprompt.model.starting import calibrate
+from deltaprompt.model.trainable import evaluating
 from deltaprompt.model.wrapped import Wrapped
 from deltaprompt.types import Batch, Example
 from deltaprompt.verbalizers._base import Started
@@ -75,12 +76,14 @@ class Similar(Wrapped):
         ]
 
     @torch.inference_mode()
-    def measure(self, rows: Sequence[Encoded], batch_size: int, slot: int, module: nn.Module) -> dict[str, float]:
+    def measure(
+        self, rows: Sequence[Encoded], batch_size: int = 32, slot: int = 0, through: nn.Module | None = None
+    ) -> dict[str, float]:
         """`{"accuracy", "loss"}` of encoded pairs; a pair is taken for the same where s is above 1/2."""
         right, loss = 0, 0.0
-        with evaluating(module):
-            for batch in self.features.batches(rows, batch_size):
-                out = module(batch.to(self.device), slot)
+        with evaluating(self):
+            for batch in self.batches(rows, batch_size):
+                out = (through or self)(batch.to(self.device), slot)
                 assert batch.labels is not None
                 right += int(((out["similarity"].cpu() > 0.5) == (batch.labels > 0)).sum())
                 loss += float(out["loss"]) * len(batch.labels)

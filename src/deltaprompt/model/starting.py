@@ -101,7 +101,7 @@ def observed(
     model: Model, features: Features, examples: Sequence[Example], look: Look, slot: int = 0, batch_size: int = 32
 ) -> Tensor:
     """What a function keeps of every example's answer positions, in their order: [n, k]; the model is not training."""
-    from deltaprompt.model.model import evaluating
+    from deltaprompt.model.trainable import evaluating
 
     if not examples:
         return torch.zeros(0, model.backbone.width, device=model.device)

@@ -7,7 +7,6 @@ from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from deltaprompt.backbone import Backbone
 from deltaprompt.compose import Index
@@ -20,10 +19,11 @@ from deltaprompt.features.batching import bucketed
 from deltaprompt.features.words import Words
 from deltaprompt.features.writing import batches, collated
 from deltaprompt.model import span_metrics
-from deltaprompt.model.model import Model, evaluating, example_of
+from deltaprompt.model.model import Model, example_of
 from deltaprompt.model.starting import check_ready
 from deltaprompt.model.tagging import Tagging
-from deltaprompt.model.transitions import viterbi
+from deltaprompt.model.trainable import evaluating
+from deltaprompt.model.transitions import paths_of
 from deltaprompt.model.wrapped import Wrapped
 from deltaprompt.types import AtMask, Batch, Example, Span
 from deltaprompt.verbalizers._base import Started
@@ -133,7 +133,7 @@ class Tagger(Wrapped):
 
     @torch.inference_mode()
     def measure(
-        self, rows: Sequence[Encoded], batch_size: int, slot: int = 0, through: nn.Module | None = None
+        self, rows: Sequence[Encoded], batch_size: int = 32, slot: int = 0, through: nn.Module | None = None
     ) -> dict[str, float]:
         """`{"f1", "accuracy", "loss"}` of rows: of spans, of words, and the mean cross-entropy of words.
 
@@ -151,7 +151,10 @@ class Tagger(Wrapped):
                 out = (through or self)(batch.to(self.device), slot)
                 assert batch.targets is not None
                 lengths = (batch.targets >= 0).sum(1).tolist()
-                gold, paths = batch.targets[batch.targets >= 0], self._paths(out["logits"].cpu(), lengths)
+                gold, paths = (
+                    batch.targets[batch.targets >= 0],
+                    paths_of(out["logits"].cpu(), lengths, self.transitions),
+                )
                 loss, words = loss + float(out["loss"]) * len(gold), words + len(gold)
                 right += int((torch.cat(paths) == gold).sum())
                 told = [self.tagging.spans(own.tolist()) for own in gold.split(lengths)]
@@ -218,15 +221,9 @@ class Tagger(Wrapped):
             some = [i for i in part if lengths[i]]
             if some:
                 scores = torch.cat([probabilities[i] for i in some]).clamp(min=LEAST).log()
-                for i, path in zip(some, self._paths(scores, [lengths[i] for i in some]), strict=True):
+                for i, path in zip(some, paths_of(scores, [lengths[i] for i in some], self.transitions), strict=True):
                     found[i] = self.tagging.spans(path.tolist())
         return found
-
-    def _paths(self, scores: Tensor, lengths: Sequence[int]) -> list[Tensor]:
-        """The best path of each text's words: scores [n, c] of words one after another -> classes of each text."""
-        each = pad_sequence(list(scores.float().log_softmax(-1).split(list(lengths))), batch_first=True)
-        paths = viterbi(each, torch.tensor(lengths), self.transitions)
-        return [path[:n] for path, n in zip(paths, lengths, strict=True)]
 
     def record(self, slot: int = 0) -> dict[str, Any]:
         """What is looked for, as JSON from which it can be made again."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from deltaprompt.backbone import Backbone
 from deltaprompt.compose import Adapted
 from deltaprompt.deltas._base import Delta
 from deltaprompt.features import Encoded, Features
-from deltaprompt.types import Batch, Example
+from deltaprompt.types import Batch
 
 
 class Trainable(nn.Module, ABC):
@@ -40,11 +41,32 @@ class Trainable(nn.Module, ABC):
         return next(self.backbone.model.parameters()).device
 
     @abstractmethod
-    def encode(self, examples: Sequence[Example], slot: int = 0) -> list[Encoded]:
+    def encode(self, examples: Sequence[Any], slot: int = 0) -> list[Encoded]:
         """Examples as rows to train or to be measured on."""
 
+    def collate(self, rows: Sequence[Encoded]) -> Batch:
+        """Rows as one batch."""
+        return self.features.collate(rows)
+
+    def batches(self, rows: Sequence[Encoded], batch_size: int) -> Iterator[Batch]:
+        """Rows as batches, the longest first; `index` says which they are."""
+        return self.features.batches(rows, batch_size)
+
     @abstractmethod
-    def evaluate(self, examples: Sequence[Example], batch_size: int = 32, slot: int = 0) -> dict[str, float]:
+    def measure(
+        self, rows: Sequence[Encoded], batch_size: int = 32, slot: int = 0, through: nn.Module | None = None
+    ) -> dict[str, float]:
+        """How good it is on rows, by metric; the mean `loss` among them.
+
+        Args:
+            rows: with what they are to give.
+            batch_size: rows in one pass.
+            slot: which adaptation.
+            through: a module around this one that is called in its place.
+        """
+
+    @abstractmethod
+    def evaluate(self, examples: Sequence[Any], batch_size: int = 32, slot: int = 0) -> dict[str, float]:
         """How good it is on examples whose answers are known, by metric."""
 
     @abstractmethod
@@ -84,3 +106,15 @@ class Trainable(nn.Module, ABC):
         from deltaprompt.model.saved import save
 
         return save(self, folder, slot, training, metrics)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within it the model, each module of which then goes back to its own mode, is in evaluation mode."""
+    was = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in was:
+            module.training = training

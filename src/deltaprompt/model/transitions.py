@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from deltaprompt.errors import ConfigError
 
@@ -140,3 +141,10 @@ def viterbi(scores: Tensor, lengths: Tensor, moves: Transitions) -> Tensor:
         path.append(came.gather(1, path[-1][:, None])[:, 0])
     words = torch.arange(scores.shape[1], device=scores.device)
     return torch.stack(path[::-1], 1).masked_fill(words >= lengths[:, None], -1)
+
+
+def paths_of(scores: Tensor, lengths: Sequence[int], moves: Transitions) -> list[Tensor]:
+    """The best path of each text's words: scores [n, c] of words one after another -> tags of each text."""
+    each = pad_sequence(list(scores.float().log_softmax(-1).split(list(lengths))), batch_first=True)
+    paths = viterbi(each, torch.tensor(lengths), moves)
+    return [path[:n] for path, n in zip(paths, lengths, strict=True)]

@@ -14,10 +14,11 @@ from deltaprompt.errors import ConfigError
 from deltaprompt.features import Encoded, bucketed
 from deltaprompt.features.batching import chunks
 from deltaprompt.model import Model, Task
-from deltaprompt.model.model import evaluating, read
+from deltaprompt.model.model import read
 from deltaprompt.model.reader import of_rows
 from deltaprompt.model.showing import shows
 from deltaprompt.model.starting import calibrate, unlabelled_of
+from deltaprompt.model.trainable import evaluating
 from deltaprompt.types import Example
 from deltaprompt.verbalizers._base import Verbalizer
 from deltaprompt.verbalizers._words import tuple_of

@@ -17,8 +17,8 @@ from typing import Any
 from deltaprompt.backbone import Backbone
 from deltaprompt.errors import ConfigError, DeltaPromptError
 from deltaprompt.model import Task
-from deltaprompt.model.model import evaluating
 from deltaprompt.model.reader import Reading
+from deltaprompt.model.trainable import evaluating
 from deltaprompt.search._beam import Rows, Vocabulary, set_beam
 from deltaprompt.search._result import SearchResult, Table, Test, code, ranked_controls, settled
 from deltaprompt.search._session import Session, Tuning, begin, check_counts, told_of

@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 from deltaprompt.model.below import Below, Nothing
-from deltaprompt.model.model import evaluating
 from deltaprompt.model.once import Once
-from deltaprompt.model.trainable import Trainable
+from deltaprompt.model.trainable import Trainable, evaluating
 from deltaprompt.trainer.accelerated import processes
 from deltaprompt.trainer.course import Course
 from deltaprompt.trainer.objective import objective_of
@@ -31,7 +30,7 @@ def frozen_once(
     try:
         with evaluating(model), autocast():
             for course in courses:
-                for batch in objective_of(model).batches(course.rows, course.training.batch_size):
+                for batch in model.batches(course.rows, course.training.batch_size):
                     once.fill(batch.to(model.device))
         model.once = once
         yield f", {found.told} kept"

@@ -188,7 +188,7 @@ class Loop:
         return list(self.module(batch, slots.to(self.model.device), sizes)["losses"].unbind())
 
     def _collated(self, rows: Sequence[Encoded]) -> Batch:
-        return self.objective.collate(rows).to(self.model.device)
+        return self.model.collate(rows).to(self.model.device)
 
     # After it
 
@@ -209,7 +209,7 @@ class Loop:
         module, better, seen = self.accelerator.unwrap_model(self.module), False, list[Metrics]()
         for course in courses:
             t = course.training
-            metrics = self.objective.measured(module, course.dev, t.batch_size, course.slot) if course.dev else {}
+            metrics = self.model.measure(course.dev, t.batch_size, course.slot, module) if course.dev else {}
             seen += [metrics] if metrics else []
             if course.take_evaluation(metrics):
                 better = True

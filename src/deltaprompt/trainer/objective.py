@@ -1,33 +1,32 @@
-"""What a model is trained for: what examples must have, its rows as batches, and how good it is on dev."""
+"""What a model is trained for: what examples must have, how it starts, and what of its passes can be shared."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from deltaprompt.errors import ConfigError
 from deltaprompt.features import Encoded
 from deltaprompt.model import Model
 from deltaprompt.model.below import Below, Nothing, below
 from deltaprompt.model.generator import Generator
+from deltaprompt.model.learner import Learner
 from deltaprompt.model.reader import Reader
 from deltaprompt.model.similar import Similar, label_of
 from deltaprompt.model.starting import calibrate
 from deltaprompt.model.tagger import Tagger
 from deltaprompt.model.trainable import Trainable
-from deltaprompt.trainer.measure import measured
 from deltaprompt.trainer.plan import Plan, told
-from deltaprompt.types import Batch, Example
+from deltaprompt.types import Example
 from deltaprompt.verbalizers._base import Started, Trained
-
-if TYPE_CHECKING:
-    from deltaprompt.trainer.accelerated import Lone
 
 
 class Objective(ABC):
-    """What the training loop asks of a model beside its loss, which the model says itself."""
+    """What the training loop asks of a model beside its rows, their loss and its metrics, which it says itself."""
+
+    model: Trainable
 
     @abstractmethod
     def check(self, name: str, examples: Sequence[Example]) -> None:
@@ -53,14 +52,10 @@ class Objective(ABC):
         """Gives a slot what it has from examples before it trains: nothing unless a model says so."""
         return
 
-    @abstractmethod
-    def collate(self, rows: Sequence[Encoded]) -> Batch:
-        """Rows as one batch."""
-
     @property
-    @abstractmethod
     def left(self) -> bool:
         """Whether rows are padded on the left."""
+        return self.model.features.kind == "causal"
 
     def sort(self, slot: int, row: Encoded) -> tuple[int, int]:
         """Slots of another sort than this do not share a pass."""
@@ -71,16 +66,8 @@ class Objective(ABC):
         return False
 
     @abstractmethod
-    def measured(self, module: Lone, rows: Sequence[Encoded], batch_size: int, slot: int) -> dict[str, float]:
-        """The metrics of rows; `loss` among them."""
-
-    @abstractmethod
     def below(self, rows: Sequence[Encoded]) -> Below | Nothing:
         """What of a pass over rows can be kept from epoch to epoch."""
-
-    @abstractmethod
-    def batches(self, rows: Sequence[Encoded], batch_size: int) -> Iterator[Batch]:
-        """Rows as batches, the longest first."""
 
 
 @dataclass(frozen=True)
@@ -117,24 +104,11 @@ class Labelling(Objective):
         self.model.start(plan.train, slot, rows, plan.unlabelled)
         calibrate(self.model, plan.unlabelled or plan.train, slot, rows)
 
-    def collate(self, rows: Sequence[Encoded]) -> Batch:
-        return self.model.features.collate(rows)
-
-    def batches(self, rows: Sequence[Encoded], batch_size: int) -> Iterator[Batch]:
-        return self.model.features.batches(rows, batch_size)
-
-    @property
-    def left(self) -> bool:
-        return self.model.features.kind == "causal"
-
     def sort(self, slot: int, row: Encoded) -> tuple[int, int]:
         return _sort(self.model.reader(slot), self.group(slot), row)
 
     def whole(self, slots: Sequence[int]) -> bool:
         return any(isinstance(self.model.reader(slot).verbalizer, Trained) for slot in slots)
-
-    def measured(self, module: Lone, rows: Sequence[Encoded], batch_size: int, slot: int) -> dict[str, float]:
-        return measured(module, self.model, rows, batch_size, slot)
 
     def below(self, rows: Sequence[Encoded]) -> Below | Nothing:
         return below(self.model, rows)
@@ -152,18 +126,9 @@ class Writing(Objective):
     def told(self, slot: int) -> dict[str, Any]:
         return {"task": repr(self.model.generation)}
 
-    def collate(self, rows: Sequence[Encoded]) -> Batch:
-        return self.model.collate(rows)
-
-    def batches(self, rows: Sequence[Encoded], batch_size: int) -> Iterator[Batch]:
-        return self.model.batches(rows, batch_size)
-
     @property
     def left(self) -> bool:
         return self.model.features.kind == "causal" and not self.model.packed
-
-    def measured(self, module: Lone, rows: Sequence[Encoded], batch_size: int, slot: int) -> dict[str, float]:
-        return self.model.measure(rows, batch_size, slot, module)
 
     def below(self, rows: Sequence[Encoded]) -> Below | Nothing:
         return below(self.model, rows)
@@ -188,21 +153,8 @@ class Pairing(Objective):
     def start(self, slot: int, plan: Plan) -> None:
         self.model.start(plan.train, slot, plan.training.batch_size, plan.unlabelled)
 
-    def collate(self, rows: Sequence[Encoded]) -> Batch:
-        return self.model.features.collate(rows)
-
-    def batches(self, rows: Sequence[Encoded], batch_size: int) -> Iterator[Batch]:
-        return self.model.features.batches(rows, batch_size)
-
-    @property
-    def left(self) -> bool:
-        return self.model.features.kind == "causal"
-
     def sort(self, slot: int, row: Encoded) -> tuple[int, int]:
         return _sort(self.model.reader(slot), self.group(slot), row)
-
-    def measured(self, module: Lone, rows: Sequence[Encoded], batch_size: int, slot: int) -> dict[str, float]:
-        return self.model.measure(rows, batch_size, slot, module)
 
     def below(self, rows: Sequence[Encoded]) -> Below | Nothing:
         return Nothing("each pair has two texts")
@@ -226,21 +178,27 @@ class Finding(Objective):
     def start(self, slot: int, plan: Plan) -> None:
         self.model.start(plan.train, slot, plan.training.batch_size)
 
-    def collate(self, rows: Sequence[Encoded]) -> Batch:
-        return self.model.collate(rows)
-
-    def batches(self, rows: Sequence[Encoded], batch_size: int) -> Iterator[Batch]:
-        return self.model.batches(rows, batch_size)
-
-    @property
-    def left(self) -> bool:
-        return False
-
     def whole(self, slots: Sequence[int]) -> bool:
         return any(isinstance(self.model.reader(slot).verbalizer, Trained) for slot in slots)
 
-    def measured(self, module: Lone, rows: Sequence[Encoded], batch_size: int, slot: int) -> dict[str, float]:
-        return self.model.measure(rows, batch_size, slot, module)
+    def below(self, rows: Sequence[Encoded]) -> Below | Nothing:
+        return below(self.model.model, rows)
+
+
+@dataclass(frozen=True)
+class Adapting(Objective):
+    """The loss of episodes' queries; the best F1 of spans or accuracy is chosen, of equal ones the lowest loss."""
+
+    model: Learner
+
+    def check(self, name: str, examples: Sequence[Any]) -> None:
+        self.model.check(examples, f"{name} episode")
+
+    def takes_examples(self, slot: int) -> bool:
+        return True
+
+    def told(self, slot: int) -> dict[str, Any]:
+        return {"task": repr(self.model.episodic)}
 
     def below(self, rows: Sequence[Encoded]) -> Below | Nothing:
         return below(self.model.model, rows)
@@ -260,6 +218,8 @@ def objective_of(model: Trainable) -> Objective:
             return Writing(model)
         case Tagger():
             return Finding(model)
+        case Learner():
+            return Adapting(model)
         case Similar():
             return Pairing(model)
-    raise ConfigError(f"{type(model).__name__} is not what fit trains; possible: Model, Generator, Tagger")
+    raise ConfigError(f"{type(model).__name__} is not what fit trains; possible: Model, Generator, Tagger, Learner")

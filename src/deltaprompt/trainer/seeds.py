@@ -24,7 +24,7 @@ from deltaprompt.trainer.training import Training
 from deltaprompt.types import Example
 
 SEEDS = "seeds.json"  # in the folder of several
-Sets = tuple[Sequence[Example], Sequence[Example] | None]
+Sets = tuple[Sequence[Any], Sequence[Any] | None]  # of examples, or of episodes
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class SeedsResult:
 def fit_seeds(
     make_model: Callable[[Sequence[int]], Trainable],
     train_of: Callable[[int], Sets],
-    test: Sequence[Example] | None = None,
+    test: Sequence[Any] | None = None,
     *,
     seeds: Sequence[int] = (0,),
     training: Training = Training(),  # noqa: B008  frozen
@@ -138,7 +138,7 @@ def each_once(seeds: Sequence[int]) -> None:
 
 
 def tested(
-    model: Trainable, train: Callable[[Trainable], list[Run]], folders: Sequence[Path], test: Sequence[Example] | None
+    model: Trainable, train: Callable[[Trainable], list[Run]], folders: Sequence[Path], test: Sequence[Any] | None
 ) -> tuple[list[Run], list[Metrics]]:
     """The runs of a model's slots and their metrics on test (empty without), which their folders then tell too.
 

@@ -20,7 +20,7 @@ def given(model: Trainable, plan: Plan, slot: int, kept: Kept | None) -> Run:
     with failures.of_memory(plan.training):
         objective.start(slot, plan)
         dev = model.encode(plan.dev, slot) if plan.dev else []
-        metrics = objective.measured(Lone(model), dev, plan.training.batch_size, slot) if dev else {}
+        metrics = model.measure(dev, plan.training.batch_size, slot, Lone(model)) if dev else {}
     run = Run(0, 0.0, 0, metrics, [], time.perf_counter() - clock, "done", 0)
     if kept is None or not is_main():
         return run

@@ -1,0 +1,341 @@
+"""Learning to learn from few examples: in each episode a verbalizer starts from the support and answers the query.
+
+The loss is that of the query, and its gradient goes through the start into the deltas (Vinyals et al. 2016, Snell et
+al. 2017). What starts may first take some steps on the support's own loss, the gradient going through these too (Finn
+et al. 2017): the radii and centres of HyperProto "adapted", without steps "amortised" (Ding et al. 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import nll_loss
+
+from deltaprompt.backbone import Backbone
+from deltaprompt.compose import Index
+from deltaprompt.compose.routing import check_slot
+from deltaprompt.data.episodes import Episode
+from deltaprompt.data.tagged import in_words
+from deltaprompt.deltas._base import Delta
+from deltaprompt.errors import ConfigError, DataError
+from deltaprompt.features import Encoded
+from deltaprompt.features.batching import bucketed, padded
+from deltaprompt.features.rows import Row
+from deltaprompt.features.words import Words
+from deltaprompt.model import queries, span_metrics
+from deltaprompt.model.episodic import Episodic
+from deltaprompt.model.model import Model
+from deltaprompt.model.queries import Answered
+from deltaprompt.model.reader import of_rows
+from deltaprompt.model.span_metrics import Spans
+from deltaprompt.model.starting import unlabelled_of
+from deltaprompt.model.tagger import Tagger, of_words
+from deltaprompt.model.tagging import Tagging
+from deltaprompt.model.task import Task
+from deltaprompt.model.trainable import evaluating
+from deltaprompt.model.wrapped import Wrapped
+from deltaprompt.params import Weights
+from deltaprompt.types import AtMask, Batch, Example
+from deltaprompt.verbalizers._base import Setting, Started, Verbalizer, normalised
+
+
+class Learner(Wrapped):
+    """A backbone that learns from episodes. `forward` maps a `Batch` of episodes to `{"loss", "logits"}`.
+
+    Args:
+        backbone: an encoder or a language model; it is frozen until `adapted.remove()`.
+        episodic: what is asked.
+        deltas: in the order in which they act.
+        seeds: one an adaptation; what it starts from.
+    """
+
+    def __init__(
+        self, backbone: Backbone, episodic: Episodic, deltas: Sequence[Delta] = (), seeds: Sequence[int] = (0,)
+    ) -> None:
+        if episodic.spans and backbone.kind != "encoder":
+            raise ConfigError(f"words are read from an encoder's states, and this backbone is {backbone.kind}")
+        task = Task(episodic.template, ("O", "1"), episodic.verbalizer, episodic.max_length)
+        super().__init__(Model(backbone, task, deltas, seeds))
+        self.episodic = episodic
+        self.words = Words(self.model.features)
+        self.begun = _begun(episodic.verbalizer, self.reader().scorer.setting)
+        self.train(False)
+
+    # Learning
+
+    def forward(self, batch: Batch, adaptation: Index = None, sizes: Sequence[int] | None = None) -> dict[str, Any]:
+        """Class scores `logits`, of each episode's queries [n, c], and where these have classes the mean `loss`.
+
+        Args:
+            batch: episodes, each with all of its rows.
+            adaptation: whose they are: a slot, or one an episode.
+            sizes: where episodes of several adaptations stand one after another, those of each; `losses` are theirs.
+        """
+        if batch.episodes is None or batch.targets is None:
+            raise ConfigError("these rows are no episodes; encode them with learner.encode(episodes)")
+        number, support = batch.episodes[:, 0], batch.episodes[:, 1].bool()  # [rows]
+        count = int(number[-1]) + 1
+        slots = [int(n) for n in adaptation] if isinstance(adaptation, Tensor) else [adaptation or 0] * count
+        at = self.model.at_mask(batch, adaptation[number] if isinstance(adaptation, Tensor) else adaptation)
+        items, rows = self._items(at)
+        classes = batch.targets[batch.targets >= 0]  # [n] of the items
+        logits, each = list[Tensor](), list[Tensor]()
+        for n, slot in enumerate(slots):
+            own, learnt = number[rows] == n, support[rows]
+            given, asked = (own & learnt).nonzero()[:, 0], (own & ~learnt).nonzero()[:, 0]
+            logits.append(self._answered(of_rows(items, given), classes[given], of_rows(items, asked), slot))
+            each.append(nll_loss(normalised(logits[-1]), classes[asked]))
+        losses = torch.stack([own.mean() for own in torch.stack(each).split(list(sizes or [count]))])
+        return {"loss": losses.mean(), "losses": losses, "logits": logits}
+
+    def _items(self, at: AtMask) -> tuple[AtMask, Tensor]:
+        """What has a class: texts, or words; and the row that each is in."""
+        if not self.episodic.spans:
+            return at, torch.arange(len(at.hidden), device=at.hidden.device)
+        return of_words(at), at.present[:, 0].nonzero()[:, 0]
+
+    def _answered(self, given: AtMask, classes: Tensor, asked: AtMask, slot: int) -> Tensor:
+        """The scores of what is asked [n, c] by the verbalizer that starts from what is given."""
+        verbalizer, scorer = self.episodic.verbalizer, self.reader(slot).scorer
+        assert isinstance(verbalizer, Started)  # see Episodic
+        setting = replace(scorer.setting, labels=tuple(map(str, range(int(classes.max()) + 1))))
+        scorer.routing.index = self.model.seats[slot][1]
+        w = scorer.seen(given, False)
+        states = verbalizer.observed(w, setting, given)
+        begun = verbalizer.start(w, setting, states.new_zeros(0, states.shape[-1]), states, classes)
+        if self.episodic.steps:
+            begun = self._adapted(w, setting, given, classes, begun)
+        return verbalizer.scores(w | begun, setting, asked)
+
+    def _adapted(
+        self, w: Weights, s: Setting, given: AtMask, classes: Tensor, begun: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
+        """What started, after steps down the support's own loss."""
+        learning, at = torch.is_grad_enabled(), dict(begun)
+        with torch.enable_grad():
+            for _ in range(self.episodic.steps):
+                at = {
+                    n: t if t.requires_grad else t.detach().requires_grad_(t.is_floating_point()) for n, t in at.items()
+                }
+                free = {n: t for n, t in at.items() if t.requires_grad}
+                loss = nll_loss(normalised(self.episodic.verbalizer.scores(w | at, s, given)), classes)
+                slopes = torch.autograd.grad(loss, list(free.values()), create_graph=learning, allow_unused=True)
+                moved = {
+                    n: t - self.episodic.rate * g
+                    for (n, t), g in zip(free.items(), slopes, strict=True)
+                    if g is not None
+                }
+                at |= moved if learning else {n: t.detach() for n, t in moved.items()}
+        return at
+
+    # Episodes as rows
+
+    def encode(self, examples: Sequence[Any], slot: int = 0) -> list[Encoded]:
+        """Episodes as rows of their texts; texts that many episodes have are read once."""
+        self.check(examples, "episode")
+        known: dict[int, list[tuple[Row, tuple[int, ...]]]] = {}
+        texts = {id(row): row for episode in examples for row in (*episode.support, *episode.query)}
+        for key, rows in zip(texts, self._rows(list(texts.values())), strict=True):
+            known[key] = rows
+        return [self._encoded(episode, known) for episode in examples]
+
+    def _rows(self, texts: Sequence[Example]) -> list[list[tuple[Row, tuple[int, ...]]]]:
+        """Each text's sequences; of spans its windows, with the numbers of the words that are read there."""
+        if not self.episodic.spans:
+            return [[(row.variants[0], ())] for row in self.features.encode(unlabelled_of(texts))]
+        each = self.words.windows([self.words.split(text) for text in texts])
+        return [[(window.row, window.words) for window in own if window.words] for own in each]
+
+    def _encoded(self, episode: Episode, known: Mapping[int, Sequence[tuple[Row, tuple[int, ...]]]]) -> Encoded:
+        task = self.episodic.task(episode.labels)
+        rows, targets, counts = list[Row](), list[int](), [0, 0]
+        for side, texts in enumerate((episode.support, episode.query)):
+            for text in texts:
+                classes = self._classes(text, task)
+                for row, words in known[id(text)]:
+                    rows.append(row)
+                    targets += [classes[n] for n in words] if words else classes
+                    counts[side] += 1
+        return Encoded(tuple(rows), targets=tuple(targets), support=counts[0])
+
+    def _classes(self, text: Example, task: Task | Tagging) -> list[int]:
+        if isinstance(task, Tagging):
+            return task.classes(self.words.split(text))
+        return [task.names.index(str(text.label))]
+
+    def check(self, episodes: Sequence[Any], name: str) -> None:
+        """Raises where an episode cannot be learned from."""
+        for number, episode in enumerate(episodes, 1):
+            if not isinstance(episode, Episode):
+                raise ConfigError(
+                    f"{name} {number} is no episode but {type(episode).__name__}; draw some with class_episodes or "
+                    "sentence_episodes of deltaprompt.data"
+                )
+            if not episode.support or not episode.query:
+                counts = f"{len(episode.support)} rows to learn from and {len(episode.query)} to tell"
+                raise DataError(f"{name} {number} has {counts}; give 1 of each or more")
+            if self.episodic.spans:
+                continue
+            labels = {row.label for row in episode.support}
+            if missing := [label for label in episode.labels if label not in labels]:
+                raise DataError(f"{name} {number} has no row to learn {missing[0]!r} from")
+            if other := [row.label for row in episode.query if row.label not in labels]:
+                raise DataError(f"{name} {number} asks for {other[0]!r}, which is none of its labels")
+
+    def collate(self, rows: Sequence[Encoded]) -> Batch:
+        """Episodes as one batch: their rows one after another."""
+        flat = [Encoded((row,)) for episode in rows for row in episode.variants]
+        batch = self.features.collate(flat)
+        episodes = [[n, int(i < own.support)] for n, own in enumerate(rows) for i in range(len(own.variants))]
+        targets = [part for own in rows for part in self._parts(own)]
+        return replace(batch, targets=padded(targets, -1), episodes=torch.tensor(episodes))
+
+    def _parts(self, episode: Encoded) -> Iterator[tuple[int, ...]]:
+        """The classes in each of its rows."""
+        start = 0
+        for row in episode.variants:
+            end = start + (len(row.at) if self.episodic.spans else 1)
+            yield episode.targets[start:end]
+            start = end
+
+    def batches(self, rows: Sequence[Encoded], batch_size: int) -> Iterator[Batch]:
+        """Episodes as batches, those with the longest texts first."""
+        for part in bucketed([row.length for row in rows], batch_size):
+            yield replace(self.collate([rows[i] for i in part]), index=torch.tensor(part))
+
+    # Telling
+
+    @torch.no_grad()
+    def answered(
+        self, rows: Sequence[Encoded], batch_size: int, slot: int = 0, through: nn.Module | None = None
+    ) -> list[Answered]:
+        """What each encoded episode's queries are given."""
+        found: dict[int, Tensor] = {}
+        with evaluating(self):
+            for batch in self.batches(rows, batch_size):
+                assert batch.index is not None
+                out = (through or self)(batch.to(self.device), slot)
+                found |= zip(batch.index.tolist(), (own.float().cpu() for own in out["logits"]), strict=True)
+        targets = [torch.tensor(row.targets[-len(found[i]) :]) for i, row in enumerate(rows)]
+        return [Answered(found[i], own) for i, own in enumerate(targets)]
+
+    def measure(
+        self, rows: Sequence[Encoded], batch_size: int = 4, slot: int = 0, through: nn.Module | None = None
+    ) -> dict[str, float]:
+        """`{"accuracy", "loss"}` of queries, with spans also their pooled `f1`, windows of one text apart."""
+        each = self.answered(rows, batch_size, slot, through)
+        told = queries.means(each)
+        if not self.episodic.spans:
+            return told
+        taggings = [self._tagging(tuple(map(str, range(1, own.scores.shape[1])))) for own in each]
+        counts = [queries.counts_of(*own) for own in zip(rows, each, taggings, strict=True)]
+        return {"f1": span_metrics.pooled(counts).f1, **told}
+
+    def evaluate(
+        self, examples: Sequence[Any], batch_size: int = 4, slot: int = 0, legacy: bool = False
+    ) -> dict[str, float]:
+        """The mean accuracy of episodes, or the F1 pooled over them, and its 95 % interval (`low`, `high`).
+
+        Of spans also precision, recall and Few-NERD's analysis of errors.
+
+        Args:
+            examples: episodes.
+            batch_size: episodes in one pass.
+            slot: which adaptation.
+            legacy: whether spans are counted as Few-NERD's code does; see `span_metrics.flattened`.
+        """
+        if not examples:
+            raise ConfigError("there are no episodes to evaluate on")
+        check_slot(slot, self.adapted.slots)
+        each = self.answered(self.encode(examples, slot), batch_size, slot)
+        if not self.episodic.spans:
+            return queries.with_interval(each)
+        gold, found, lengths = list[Spans](), list[Spans](), list[list[int]]()
+        for episode, own in zip(examples, each, strict=True):
+            texts = [self.words.split(text) for text in episode.query]
+            windows = [[words for _, words in read] for read in self._rows(texts)]
+            lengths.append([len(text.words) for text in texts])
+            gold.append([in_words(text) for text in texts])
+            found.append(queries.spans_of(own.scores, windows, lengths[-1], self._tagging(episode.labels)))
+        return queries.span_measures(gold, found, lengths, legacy)
+
+    def _tagging(self, labels: Sequence[str]) -> Tagging:
+        tagging = self.episodic.task(labels)
+        assert isinstance(tagging, Tagging)
+        return tagging
+
+    def learned(
+        self, examples: Sequence[Example], labels: Sequence[str] | None = None, slot: int = 0
+    ) -> Model | Tagger:
+        """A model of labels or spans, started from a few examples of its own: nothing of it is trained.
+
+        It takes the backbone over; this learner's deltas are off it then.
+
+        Args:
+            examples: labelled, a few of each label.
+            labels: in their order; the examples' own where not given.
+            slot: which adaptation.
+        """
+        from deltaprompt.data import labels_of
+        from deltaprompt.data.tagged import span_labels
+
+        kept = self.stored(slot)
+        names = labels or (span_labels(examples) if self.episodic.spans else labels_of(examples))
+        task = self.episodic.task(tuple(names))
+        self.adapted.remove()
+        model = (
+            Tagger(self.backbone, task, self.chosen)
+            if isinstance(task, Tagging)
+            else Model(self.backbone, task, self.chosen)
+        )
+        model.settle()
+        with torch.no_grad():
+            for name, tensor, at in model.slot_parts():
+                if name in kept:
+                    tensor[at].copy_(kept[name])
+        model.start(examples)
+        return model
+
+    def record(self, slot: int = 0) -> dict[str, Any]:
+        """What is asked, as JSON from which it can be made again."""
+        return {"template": str(self.features.template), "episodic": self.episodic.record()}
+
+    # Its tensors: what starts in every episode is none of them
+
+    def parts(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every trainable tensor by stored name."""
+        return ((name, tensor) for name, tensor in self.model.parts() if name not in self.begun)
+
+    def slot_parts(self, slot: int = 0) -> Iterator[tuple[str, nn.Parameter, int]]:
+        """Every tensor that an adaptation has a part of, by stored name, and which part it is."""
+        return (part for part in self.model.slot_parts(slot) if part[0] not in self.begun)
+
+    def stored(self, slot: int = 0) -> dict[str, Tensor]:
+        """What is kept of one slot, by stored name."""
+        return {name: tensor for name, tensor in self.model.stored(slot).items() if name not in self.begun}
+
+
+def _begun(verbalizer: Verbalizer, setting: Setting) -> frozenset[str]:
+    """The stored names of what the verbalizer starts, which must be all that it has of labels."""
+    assert isinstance(verbalizer, Started)  # see Episodic
+    if verbalizer.texts(setting):
+        raise ConfigError(
+            f"{type(verbalizer).__name__} starts from sentences about labels, and those of episodes are not known; "
+            "leave them out"
+        )
+    own = verbalizer.params(setting)
+    more = verbalizer.params(replace(setting, labels=(*setting.labels, "2")))
+    of_labels = {name for name in own if own[name].shape != more[name].shape}
+    states = torch.eye(2, max(setting.width, 2))[:, : setting.width]
+    ones = {name: torch.ones(p.shape) for name, p in own.items()}
+    begun = verbalizer.start(Weights(ones, False), setting, states[:0], states, torch.arange(2))
+    if missing := sorted(of_labels - set(begun)):
+        raise ConfigError(
+            f"{type(verbalizer).__name__} learns {', '.join(missing)} for each label, which no episode gives; choose "
+            "proto_net, hyper_proto, nn_shot, prototypes or another that starts whole from examples"
+        )
+    return frozenset(f"verbalizer.{name}" for name in begun)
