@@ -138,12 +138,23 @@ def test_steps_on_the_support_lower_its_loss():
 
 
 @pytest.mark.parametrize("spans", [False, True])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_texts_that_are_read_once_are_answered_as_in_each_episode(spans, steps):
+    learner = shaken(made(spans=spans, verbalizer=dp.HyperProto(), steps=steps))
+    rows = learner.encode(drawn(5, ways=2, shots=1, queries=1, spans=spans))
+    each = learner._measured(rows, 2, 0, learner)
+    for once, own in zip(learner.answered(rows, 4), each, strict=True):
+        assert_close(once.scores, own.scores, atol=1e-5, rtol=1e-5)
+        assert once.classes.tolist() == own.classes.tolist()
+
+
+@pytest.mark.parametrize("spans", [False, True])
 def test_episodes_in_one_batch_are_answered_as_each_alone(spans):
     learner = shaken(made(spans=spans))
     rows = learner.encode(drawn(4, ways=2, shots=1, queries=1, spans=spans))
-    together = learner.answered(rows, 4)
+    together = learner._measured(rows, 4, 0, learner)
     for row, own in zip(rows, together, strict=True):
-        (alone,) = learner.answered([row], 1)
+        (alone,) = learner._measured([row], 1, 0, learner)
         assert_close(own.scores, alone.scores, atol=1e-5, rtol=1e-5)
         assert own.classes.tolist() == alone.classes.tolist()
 

@@ -14,25 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import nll_loss
+from torch.nn.utils.rnn import pad_sequence
 
 from deltaprompt.backbone import Backbone
 from deltaprompt.compose import Index
 from deltaprompt.compose.routing import check_slot
-from deltaprompt.data.episodes import Episode
 from deltaprompt.data.tagged import in_words
 from deltaprompt.deltas._base import Delta
-from deltaprompt.errors import ConfigError, DataError
+from deltaprompt.errors import ConfigError
 from deltaprompt.features import Encoded
-from deltaprompt.features.batching import bucketed, padded
+from deltaprompt.features.batching import bucketed
 from deltaprompt.features.rows import Row
-from deltaprompt.features.words import Words
 from deltaprompt.model import queries, span_metrics
+from deltaprompt.model.episode_rows import EpisodeRows
 from deltaprompt.model.episodic import Episodic
 from deltaprompt.model.model import Model
 from deltaprompt.model.queries import Answered
 from deltaprompt.model.reader import of_rows
 from deltaprompt.model.span_metrics import Spans
-from deltaprompt.model.starting import unlabelled_of
 from deltaprompt.model.tagger import Tagger, of_words
 from deltaprompt.model.tagging import Tagging
 from deltaprompt.model.task import Task
@@ -61,7 +60,7 @@ class Learner(Wrapped):
         task = Task(episodic.template, ("O", "1"), episodic.verbalizer, episodic.max_length)
         super().__init__(Model(backbone, task, deltas, seeds))
         self.episodic = episodic
-        self.words = Words(self.model.features)
+        self.rows = EpisodeRows(self.model.features, episodic)
         self.begun = _begun(episodic.verbalizer, self.reader().scorer.setting)
         self.train(False)
 
@@ -136,71 +135,15 @@ class Learner(Wrapped):
 
     def encode(self, examples: Sequence[Any], slot: int = 0) -> list[Encoded]:
         """Episodes as rows of their texts; texts that many episodes have are read once."""
-        self.check(examples, "episode")
-        known: dict[int, list[tuple[Row, tuple[int, ...]]]] = {}
-        texts = {id(row): row for episode in examples for row in (*episode.support, *episode.query)}
-        for key, rows in zip(texts, self._rows(list(texts.values())), strict=True):
-            known[key] = rows
-        return [self._encoded(episode, known) for episode in examples]
-
-    def _rows(self, texts: Sequence[Example]) -> list[list[tuple[Row, tuple[int, ...]]]]:
-        """Each text's sequences; of spans its windows, with the numbers of the words that are read there."""
-        if not self.episodic.spans:
-            return [[(row.variants[0], ())] for row in self.features.encode(unlabelled_of(texts))]
-        each = self.words.windows([self.words.split(text) for text in texts])
-        return [[(window.row, window.words) for window in own if window.words] for own in each]
-
-    def _encoded(self, episode: Episode, known: Mapping[int, Sequence[tuple[Row, tuple[int, ...]]]]) -> Encoded:
-        task = self.episodic.task(episode.labels)
-        rows, targets, counts = list[Row](), list[int](), [0, 0]
-        for side, texts in enumerate((episode.support, episode.query)):
-            for text in texts:
-                classes = self._classes(text, task)
-                for row, words in known[id(text)]:
-                    rows.append(row)
-                    targets += [classes[n] for n in words] if words else classes
-                    counts[side] += 1
-        return Encoded(tuple(rows), targets=tuple(targets), support=counts[0])
-
-    def _classes(self, text: Example, task: Task | Tagging) -> list[int]:
-        if isinstance(task, Tagging):
-            return task.classes(self.words.split(text))
-        return [task.names.index(str(text.label))]
+        return self.rows.encode(examples)
 
     def check(self, episodes: Sequence[Any], name: str) -> None:
         """Raises where an episode cannot be learned from."""
-        for number, episode in enumerate(episodes, 1):
-            if not isinstance(episode, Episode):
-                raise ConfigError(
-                    f"{name} {number} is no episode but {type(episode).__name__}; draw some with class_episodes or "
-                    "sentence_episodes of deltaprompt.data"
-                )
-            if not episode.support or not episode.query:
-                counts = f"{len(episode.support)} rows to learn from and {len(episode.query)} to tell"
-                raise DataError(f"{name} {number} has {counts}; give 1 of each or more")
-            if self.episodic.spans:
-                continue
-            labels = {row.label for row in episode.support}
-            if missing := [label for label in episode.labels if label not in labels]:
-                raise DataError(f"{name} {number} has no row to learn {missing[0]!r} from")
-            if other := [row.label for row in episode.query if row.label not in labels]:
-                raise DataError(f"{name} {number} asks for {other[0]!r}, which is none of its labels")
+        self.rows.check(episodes, name)
 
     def collate(self, rows: Sequence[Encoded]) -> Batch:
         """Episodes as one batch: their rows one after another."""
-        flat = [Encoded((row,)) for episode in rows for row in episode.variants]
-        batch = self.features.collate(flat)
-        episodes = [[n, int(i < own.support)] for n, own in enumerate(rows) for i in range(len(own.variants))]
-        targets = [part for own in rows for part in self._parts(own)]
-        return replace(batch, targets=padded(targets, -1), episodes=torch.tensor(episodes))
-
-    def _parts(self, episode: Encoded) -> Iterator[tuple[int, ...]]:
-        """The classes in each of its rows."""
-        start = 0
-        for row in episode.variants:
-            end = start + (len(row.at) if self.episodic.spans else 1)
-            yield episode.targets[start:end]
-            start = end
+        return self.rows.collate(rows)
 
     def batches(self, rows: Sequence[Encoded], batch_size: int) -> Iterator[Batch]:
         """Episodes as batches, those with the longest texts first."""
@@ -210,24 +153,46 @@ class Learner(Wrapped):
     # Telling
 
     @torch.no_grad()
-    def answered(
-        self, rows: Sequence[Encoded], batch_size: int, slot: int = 0, through: nn.Module | None = None
-    ) -> list[Answered]:
+    def answered(self, rows: Sequence[Encoded], batch_size: int = 32, slot: int = 0) -> list[Answered]:
         """What each encoded episode's queries are given."""
-        found: dict[int, Tensor] = {}
+        states = self._states([row for episode in rows for row in episode.variants], batch_size, slot)
+        found = list[Answered]()
         with evaluating(self):
-            for batch in self.batches(rows, batch_size):
-                assert batch.index is not None
-                out = (through or self)(batch.to(self.device), slot)
-                found |= zip(batch.index.tolist(), (own.float().cpu() for own in out["logits"]), strict=True)
-        targets = [torch.tensor(row.targets[-len(found[i]) :]) for i, row in enumerate(rows)]
-        return [Answered(found[i], own) for i, own in enumerate(targets)]
+            for episode in rows:
+                sides = episode.variants[: episode.support], episode.variants[episode.support :]
+                given, asked = (self._gathered([states[id(row)] for row in side]) for side in sides)
+                classes = torch.tensor(episode.targets)
+                n = len(given.hidden)
+                scores = self._answered(given, classes[:n].to(self.device), asked, slot)
+                found.append(Answered(scores.float().cpu(), classes[n:]))
+        return found
+
+    def _states(self, rows: Sequence[Row], batch_size: int, slot: int) -> dict[int, Tensor]:
+        """The states [m, d] that are read of each row, by its identity."""
+        each, found = list({id(row): row for row in rows}.values()), dict[int, Tensor]()
+        with evaluating(self):
+            for part in bucketed([len(row.ids) for row in each], batch_size):
+                batch = self.features.collate([Encoded((each[i],)) for i in part]).to(self.device)
+                at = self.model.at_mask(batch, slot)
+                for i, hidden, there in zip(part, at.hidden[:, 0], at.present[:, 0], strict=True):
+                    found[id(each[i])] = hidden[there]
+        return found
+
+    def _gathered(self, states: Sequence[Tensor]) -> AtMask:
+        """What has a class in rows of which these states [m, d] are read: texts, or words."""
+        if self.episodic.spans:
+            states = list(torch.cat(list(states))[:, None])  # a word a row
+        sizes = torch.tensor([len(own) for own in states], device=self.device)
+        hidden = pad_sequence(list(states), batch_first=True)[:, None]  # [n, 1, m, d]
+        there = torch.arange(hidden.shape[2], device=self.device) < sizes[:, None]
+        head = self.backbone.head
+        return AtMask(hidden, there[:, None], None if head is None else head.logits)
 
     def measure(
         self, rows: Sequence[Encoded], batch_size: int = 4, slot: int = 0, through: nn.Module | None = None
     ) -> dict[str, float]:
         """`{"accuracy", "loss"}` of queries, with spans also their pooled `f1`, windows of one text apart."""
-        each = self.answered(rows, batch_size, slot, through)
+        each = self._measured(rows, batch_size, slot, through or self)
         told = queries.means(each)
         if not self.episodic.spans:
             return told
@@ -236,7 +201,7 @@ class Learner(Wrapped):
         return {"f1": span_metrics.pooled(counts).f1, **told}
 
     def evaluate(
-        self, examples: Sequence[Any], batch_size: int = 4, slot: int = 0, legacy: bool = False
+        self, examples: Sequence[Any], batch_size: int = 32, slot: int = 0, legacy: bool = False
     ) -> dict[str, float]:
         """The mean accuracy of episodes, or the F1 pooled over them, and its 95 % interval (`low`, `high`).
 
@@ -244,7 +209,7 @@ class Learner(Wrapped):
 
         Args:
             examples: episodes.
-            batch_size: episodes in one pass.
+            batch_size: texts in one pass; each is read once, however many episodes have it.
             slot: which adaptation.
             legacy: whether spans are counted as Few-NERD's code does; see `span_metrics.flattened`.
         """
@@ -256,12 +221,24 @@ class Learner(Wrapped):
             return queries.with_interval(each)
         gold, found, lengths = list[Spans](), list[Spans](), list[list[int]]()
         for episode, own in zip(examples, each, strict=True):
-            texts = [self.words.split(text) for text in episode.query]
-            windows = [[words for _, words in read] for read in self._rows(texts)]
+            texts = [self.rows.words.split(text) for text in episode.query]
+            windows = [[words for _, words in read] for read in self.rows.rows(texts)]
             lengths.append([len(text.words) for text in texts])
             gold.append([in_words(text) for text in texts])
             found.append(queries.spans_of(own.scores, windows, lengths[-1], self._tagging(episode.labels)))
         return queries.span_measures(gold, found, lengths, legacy)
+
+    @torch.no_grad()
+    def _measured(self, rows: Sequence[Encoded], batch_size: int, slot: int, module: nn.Module) -> list[Answered]:
+        """The same as `answered`, through a module, episode by episode."""
+        found: dict[int, Answered] = {}
+        with evaluating(self):
+            for batch in self.batches(rows, batch_size):
+                assert batch.index is not None
+                scores = [own.float().cpu() for own in module(batch.to(self.device), slot)["logits"]]
+                for i, own in zip(batch.index.tolist(), scores, strict=True):
+                    found[i] = Answered(own, torch.tensor(rows[i].targets[-len(own) :]))
+        return [found[i] for i in range(len(rows))]
 
     def _tagging(self, labels: Sequence[str]) -> Tagging:
         tagging = self.episodic.task(labels)
