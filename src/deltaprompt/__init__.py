@@ -39,9 +39,11 @@ if TYPE_CHECKING:
     from deltaprompt.model.generator import Generator, generator
     from deltaprompt.model.learner import Learner
     from deltaprompt.model.many import Many, open_many
+    from deltaprompt.model.noise import noise_scores
     from deltaprompt.model.saved import open_ as open
     from deltaprompt.model.tagger import Tagger
     from deltaprompt.model.tagging import Tagging
+    from deltaprompt.model.with_masks import WithMasks
     from deltaprompt.templates import Template
     from deltaprompt.trainer import Plan, Run, Training, fit, fit_many, fit_typing
     from deltaprompt.types import Example, Message, Span
@@ -107,6 +109,7 @@ __all__ = [
     "Task",
     "Template",
     "Training",
+    "WithMasks",
     "Written",
     "__version__",
     "adapt",
@@ -117,6 +120,7 @@ __all__ = [
     "fit_typing",
     "generator",
     "load",
+    "noise_scores",
     "open",
     "open_many",
     "open_peft",
@@ -163,6 +167,8 @@ _WHERE = {
     "fit_typing": "trainer",
     "generator": "model.generator",
     "load": "backbone",
+    "WithMasks": "model.with_masks",
+    "noise_scores": "model.noise",
     "open": "model.saved",
     "open_many": "model.many",
     "open_peft": "interchange",

@@ -75,7 +75,7 @@ class Weights(Mapping[str, Tensor]):
         """x ⊙ m while training, m = 0 with probability p and otherwise 1 / (1 − p) (Srivastava et al. 2014)."""
         if not self.training or p == 0.0:
             return x
-        return x * _noise[-1](x, p) if _noise else functional.dropout(x, p)
+        return x * noise(x, p) if _noise else functional.dropout(x, p)
 
     def frozen(self) -> Map:
         """The site's own frozen weight [out, in] and bias [out] (None where it has none), in the tensors' precision."""
@@ -92,6 +92,11 @@ def drawn_by(noise: Noise) -> Iterator[None]:
         yield
     finally:
         _noise.pop()
+
+
+def noise(x: Tensor, p: float) -> Tensor:
+    """What x is multiplied with in dropout: 0 with probability p, otherwise 1 / (1 − p)."""
+    return _noise[-1](x, p) if _noise else functional.dropout(torch.ones_like(x), p)
 
 
 def through(x: Tensor, m: Tensor) -> Tensor:

@@ -7,7 +7,19 @@ from typing import Annotated
 import typer
 
 from deltaprompt import __version__
-from deltaprompt.cli import conformance, demo, episodes, fit, inspect, interchange, methods, predict, pretrain, search
+from deltaprompt.cli import (
+    conformance,
+    demo,
+    episodes,
+    fit,
+    inspect,
+    interchange,
+    methods,
+    noise,
+    predict,
+    pretrain,
+    search,
+)
 from deltaprompt.cli.console import guarded
 
 app = typer.Typer(
@@ -21,6 +33,7 @@ for command in (fit.fit, predict.predict, predict.evaluate, inspect.inspect, met
 app.command()(guarded(interchange.export))
 app.command()(guarded(conformance.conformance))
 app.command()(guarded(search.search))
+app.command()(guarded(noise.noise))
 app.command()(guarded(episodes.episodes))
 app.command()(guarded(pretrain.pretrain))
 app.command("import")(guarded(interchange.import_))

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from deltaprompt.backbone import Backbone
     from deltaprompt.cli.recipe import Recipe
     from deltaprompt.deltas._base import Delta
-    from deltaprompt.model import Task
+    from deltaprompt.model import Model, Task
+    from deltaprompt.model.with_masks import WithMasks
     from deltaprompt.trainer import GridResult, SeedsResult
 
 
@@ -165,7 +166,7 @@ def _run(recipe: Recipe, resume: bool) -> SeedsResult | GridResult:
         cells = cells_of(recipe, backbone, train, dev)
         told(recipe, [cell.task for cell in cells], deltas, backbone.kind)
         return fit_grid(
-            lambda tasks, seeds: Model(backbone, tasks, deltas, seeds),
+            lambda tasks, seeds: _with_masks(recipe, Model(backbone, tasks, deltas, seeds)),
             cells,
             test,
             seeds=seeds,
@@ -177,7 +178,7 @@ def _run(recipe: Recipe, resume: bool) -> SeedsResult | GridResult:
     task, deal = task_for(recipe.task, backbone, names_of(recipe.data, train)), Deal(recipe, train, dev)
     told(recipe, [task], deltas, backbone.kind)
     return fit_seeds(
-        lambda seeds: Model(backbone, task, deltas, seeds),
+        lambda seeds: _with_masks(recipe, Model(backbone, task, deltas, seeds)),
         deal,
         test,
         seeds=seeds,
@@ -187,6 +188,13 @@ def _run(recipe: Recipe, resume: bool) -> SeedsResult | GridResult:
         resume=resume,
         unlabelled=unlabelled,
     )
+
+
+def _with_masks(recipe: Recipe, model: Model) -> Model | WithMasks:
+    """The model; where the recipe asks for it, with a loss of masked tokens beside its own."""
+    from deltaprompt.model.with_masks import WithMasks
+
+    return model if recipe.masks is None else WithMasks(model, recipe.masks.weight, recipe.masks.rate)
 
 
 def _deltas(recipe: Recipe, backbone: Backbone) -> Sequence[Delta]:

@@ -64,6 +64,14 @@ class TaggingTable:
 
 
 @dataclass(frozen=True)
+class MasksTable:
+    """`[masks]`: tokens of training texts are masked and guessed too; see `WithMasks`."""
+
+    weight: float = 0.5
+    rate: float = 0.15
+
+
+@dataclass(frozen=True)
 class DataTable:
     """`[data]`: files, and which columns are what."""
 
@@ -125,13 +133,14 @@ class Recipe:
     grid: GridTable = GridTable()
     generation: Generation | Chat | None = None  # texts are written, and there is no task
     tagging: TaggingTable | None = None  # spans of texts are found, and there is no task
+    masks: MasksTable | None = None
     pairs: Linked | None = None  # of mentions, to train on without labels
 
 
 WORD_FILE = re.compile(r"\.(txt|csv|jsonl?)(#[0-9]+)?$")  # of label words; #1: the second of several in it
 TABLES = {"backbone": BackboneTable, "task": TaskTable, "data": DataTable, "training": Training, "grid": GridTable}
 WRITING: dict[str, type[Generation | Chat]] = {"generation": Generation, "chat": Chat}  # instead of [task]
-TAGGING, PAIRS = "tagging", "pairs"
+TAGGING, MASKS, PAIRS = "tagging", "masks", "pairs"
 INSTEAD: dict[str, Any] = {**WRITING, TAGGING: TaggingTable}  # of [task]
 OF_TEXTS = ("target", "seen")  # keys of [data] for what is written
 OF_LABELS = ("text", "label", "unlabelled", "drop_empty", "types")
@@ -156,7 +165,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def build(given: Mapping[str, Any]) -> Recipe:
     """The recipe of nested tables; an unknown key is an error that names the nearest known one and its table."""
-    check_keys(given, (*TABLES, *INSTEAD, PAIRS, *TOP), "")
+    check_keys(given, (*TABLES, *INSTEAD, MASKS, PAIRS, *TOP), "")
     _check_grid(given)
     _check_instead(given)
     tables: dict[str, Any] = {name: table_of(cls, given.get(name, {}), f"[{name}]") for name, cls in TABLES.items()}
@@ -176,6 +185,7 @@ def build(given: Mapping[str, Any]) -> Recipe:
             (table_of(cls, given[name], f"[{name}]") for name, cls in WRITING.items() if name in given), None
         ),
         tagging=table_of(TaggingTable, given[TAGGING], f"[{TAGGING}]") if TAGGING in given else None,
+        masks=table_of(MasksTable, given[MASKS], f"[{MASKS}]") if MASKS in given else None,
         pairs=table_of(Linked, given[PAIRS], f"[{PAIRS}]") if PAIRS in given else None,
     )
 
@@ -321,7 +331,7 @@ def _check_instead(given: Mapping[str, Any]) -> None:
                 f"{useless[0]} is of texts that are written: give [generation] too (--generate), or leave it out"
             )
         return
-    others = [*asked[1:], *(name for name in ("task", "grid", PAIRS) if given.get(name))]
+    others = [*asked[1:], *(name for name in ("task", "grid", MASKS, PAIRS) if given.get(name))]
     more = [f"[{name}]" for name in others] + useless
     more += ["shots"] if given.get("shots") is not None and asked[0] in WRITING else []
     if more:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from deltaprompt.errors import ConfigError, TrainingError
-from deltaprompt.model import Model, Task
+from deltaprompt.model import Task
+from deltaprompt.model.trainable import Trainable
 from deltaprompt.trainer.many import TOGETHER, train_many
 from deltaprompt.trainer.plan import Plan
 from deltaprompt.trainer.progress import Progress
@@ -104,7 +105,7 @@ class GridResult:
 
 
 def fit_grid(
-    make_model: Callable[[Sequence[Task], Sequence[int]], Model],
+    make_model: Callable[[Sequence[Task], Sequence[int]], Trainable],
     cells: Sequence[Cell],
     test: Sequence[Example] | None = None,
     *,

@@ -41,7 +41,7 @@ class Loop:
         self.objective = objective_of(model)
         self.courses = courses
         self.several = len(courses) > 1
-        self.draws = any(vars(delta).get("dropout") for delta in model.adapted.deltas)
+        self.draws = self.objective.draws
         self.whole = self.objective.whole([course.slot for course in courses])
         self.training = courses[0].training  # whose precision is that of all
         self.checkpoints = checkpoints

@@ -18,6 +18,7 @@ from deltaprompt.model.similar import Similar, label_of
 from deltaprompt.model.starting import calibrate
 from deltaprompt.model.tagger import Tagger
 from deltaprompt.model.trainable import Trainable
+from deltaprompt.model.with_masks import WithMasks
 from deltaprompt.trainer.plan import Plan, told
 from deltaprompt.types import Example
 from deltaprompt.verbalizers._base import Started, Trained
@@ -65,6 +66,11 @@ class Objective(ABC):
         """Whether the rows of a slot's batch must stay together, since they have one loss."""
         return False
 
+    @property
+    def draws(self) -> bool:
+        """Whether a pass draws from chance."""
+        return any(vars(delta).get("dropout") for delta in self.model.adapted.deltas)
+
     @abstractmethod
     def below(self, rows: Sequence[Encoded]) -> Below | Nothing:
         """What of a pass over rows can be kept from epoch to epoch."""
@@ -75,6 +81,7 @@ class Labelling(Objective):
     """The loss of labels; the best accuracy is chosen, and of equal ones the lowest loss."""
 
     model: Model
+    also: WithMasks | None = None  # the same, where masked tokens are guessed too
 
     def check(self, name: str, examples: Sequence[Example]) -> None:
         bare = next((i for i, e in enumerate(examples, 1) if not e.gold), None)
@@ -89,7 +96,8 @@ class Labelling(Objective):
     def told(self, slot: int) -> dict[str, Any]:
         reader = self.model.reader(slot)
         shown = reader.features.demonstrations
-        return {"task": repr(reader.task)} | ({} if shown is None else {"demonstrations": told(shown.rows)})
+        masks = {} if self.also is None else {"masks": [self.also.weight, self.also.rate]}
+        return {"task": repr(reader.task), **masks, **({} if shown is None else {"demonstrations": told(shown.rows)})}
 
     def group(self, slot: int) -> int:
         return self.model.seats[slot][0]
@@ -110,8 +118,12 @@ class Labelling(Objective):
     def whole(self, slots: Sequence[int]) -> bool:
         return any(isinstance(self.model.reader(slot).verbalizer, Trained) for slot in slots)
 
+    @property
+    def draws(self) -> bool:
+        return self.also is not None or super().draws
+
     def below(self, rows: Sequence[Encoded]) -> Below | Nothing:
-        return below(self.model, rows)
+        return below(self.model, rows) if self.also is None else Nothing("its texts are masked anew in every pass")
 
 
 @dataclass(frozen=True)
@@ -220,6 +232,8 @@ def objective_of(model: Trainable) -> Objective:
             return Finding(model)
         case Learner():
             return Adapting(model)
+        case WithMasks():
+            return Labelling(model.model, model)
         case Similar():
             return Pairing(model)
     raise ConfigError(f"{type(model).__name__} is not what fit trains; possible: Model, Generator, Tagger, Learner")
