@@ -12,7 +12,7 @@ from pathlib import Path
 
 import deltaprompt as dp
 from deltaprompt.cli.data import Deal, rows
-from deltaprompt.cli.probe import embedded, regression
+from deltaprompt.study.probe import embedded, regression
 from deltaprompt.cli.recipe import build, read_toml
 
 

@@ -7,7 +7,19 @@ from typing import Annotated
 import typer
 
 from deltaprompt import __version__
-from deltaprompt.cli import conformance, demo, episodes, fit, inspect, interchange, methods, predict, pretrain, search
+from deltaprompt.cli import (
+    compare,
+    conformance,
+    demo,
+    episodes,
+    fit,
+    inspect,
+    interchange,
+    methods,
+    predict,
+    pretrain,
+    search,
+)
 from deltaprompt.cli.console import guarded
 
 app = typer.Typer(
@@ -22,6 +34,7 @@ app.command()(guarded(interchange.export))
 app.command()(guarded(conformance.conformance))
 app.command()(guarded(search.search))
 app.command()(guarded(episodes.episodes))
+app.command()(guarded(compare.compare))
 app.command()(guarded(pretrain.pretrain))
 app.command("import")(guarded(interchange.import_))
 
