@@ -33,6 +33,16 @@ Out = Annotated[
         show_default=False,
     ),
 ]
+Seeds = Annotated[
+    str | None,
+    typer.Option(
+        "--seeds",
+        help="Such as 0-4 or 0,3,7; default: the recipe's, or 0-4.",
+        rich_help_panel=options.TRAINING,
+        metavar="SEEDS",
+        show_default=False,
+    ),
+]
 TestRows = Annotated[
     int | None,
     typer.Option(
@@ -47,7 +57,7 @@ TestRows = Annotated[
 
 def compare(
     recipe: Recipe_,
-    seeds: options.Seeds = None,
+    seeds: Seeds = None,
     test_rows: TestRows = None,
     device: options.Device = None,
     together: options.Together = None,

@@ -100,7 +100,7 @@ def macro_f1(weights: npt.NDArray[np.float32], found: Classes, gold: Classes, cl
     for own in found:
         said = _of_classes(own, classes)
         both = weights @ (said * are)
-        each.append((2 * both / np.maximum(weights @ said + truly, 1)).astype(np.float64).mean(1))
+        each.append((2 * both.astype(np.float64) / np.maximum(weights @ said + truly, 1)).mean(1))
     return np.stack(each, 1)
 
 

@@ -110,11 +110,12 @@ class Kept:
         self.cells[cell.key] = cell
         if self.path is None:
             return
-        whole = not self.path.exists() or self.path.read_bytes()[-1:] in (b"", b"\n")
         told = asdict(cell)
-        line = json.dumps({**told.pop("key"), **told}, ensure_ascii=False) + "\n"
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(("" if whole else "\n") + line)  # a line that was cut off stays one by itself
+        line = json.dumps({**told.pop("key"), **told}, ensure_ascii=False).encode()
+        with self.path.open("a+b") as file:
+            file.seek(max(file.tell() - 1, 0))
+            cut = file.read(1) not in (b"", b"\n")
+            file.write(b"\n" * cut + line + b"\n")  # a line that was cut off stays one by itself
             file.flush()
             os.fsync(file.fileno())
 
