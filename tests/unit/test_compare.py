@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import sys
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -277,6 +278,18 @@ def test_what_is_kept_is_not_computed_again(tmp_path: Path) -> None:
     assert method.ran == []
 
 
+@pytest.mark.parametrize("line", ["{}", "[]", "7", '{"method": "m"}', "whole"])
+def test_lines_of_another_form_are_left_out(tmp_path: Path, line: str) -> None:
+    method = Fixed("m")
+    first = compared(method, out=tmp_path, shots=[1], seeds=[0])
+    whole = json.loads((tmp_path / FILE).read_text())
+    whole["found"].pop()
+    files.written(tmp_path / FILE, (json.dumps(whole) if line == "whole" else line) + "\n")
+    method.ran.clear()
+    assert compared(method, out=tmp_path, shots=[1], seeds=[0]) == first
+    assert method.ran == [("films", 1, (0,))]
+
+
 def test_cells_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
     a, b = Fixed("a"), Fixed("b", wrong=2)
     compared(a, b, out=tmp_path)
@@ -332,6 +345,7 @@ def test_without_shots_there_is_one_seed_and_methods_may_have_no_answer() -> Non
     assert "| zero | **1.000** |" in markdown(found)
     assert "| needs | – |" in markdown(found)
     assert [f.difference is None for f in found.figures if f.method == "needs"] == [True, False]
+    assert "| +0.000 [+0.000, +0.000] (1 of 2) |" in markdown(found)
 
 
 @pytest.mark.parametrize(
@@ -387,10 +401,16 @@ def test_seeds_train_together_as_fit_trains_each(encoder: Any, monkeypatch: pyte
         assert (cell.trainable, cell.key.backbone) == (run.trainable, encoder.fingerprint)
         assert cell.cpu_seconds > 0
         model.adapted.remove()
-    one, other = (c.cpu_seconds for c in found.figures[0].cells)
-    assert one == other  # of one pass
     apart = compared(replace(method, together=1), shots=[2], seeds=[0, 1])
     assert [c.found for c in apart.figures[0].cells] == [c.found for c in found.figures[0].cells]
+
+
+def test_cpu_seconds_are_split_evenly_among_seeds_of_one_pass(encoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter((100.0, 103.0, 200.0, 201.0))
+    monkeypatch.setattr("deltaprompt.study.trained.time.process_time", lambda: next(clock))
+    method = Trained("m", encoder, dp.Task("{text}", WORDS), LORA, SHORT, together=2)
+    found = compared(method, shots=[1], seeds=[0, 1, 2])
+    assert [cell.cpu_seconds for cell in found.figures[0].cells] == [1.5, 1.5, 1.0]
 
 
 def test_bytes_are_those_of_the_saved_adaptation(encoder: Any, tmp_path: Path) -> None:
@@ -420,12 +440,12 @@ def test_a_frozen_backbone_runs_once_for_all_seeds_with_the_same_answers(masked:
     model.adapted.remove()
 
 
-def test_with_no_shots_nothing_is_trained(masked: Any) -> None:
+def test_with_no_shots_nothing_is_trained(masked: Any, tmp_path: Path) -> None:
     method = Trained("m", masked, MASKED, LORA, SHORT)
     (cell,) = compared(method, shots=[0]).figures[0].cells
     model = dp.adapt(masked, MASKED)
     assert [DATA.labels[c] for c in cell.found] == [told["label"] for told in model.predict(TEST)]
-    assert cell.trainable == 0
+    assert (cell.trainable, cell.bytes) == (0, model.save(tmp_path))
     model.adapted.remove()
 
 
@@ -679,12 +699,14 @@ test = "{place}/train.jsonl"
 [[methods]]
 name = "prototypes"
 verbalizer = "prototypes:scale=5"
+template = "it was {{text}}"
 deltas = "lora:rank=2,at=attn.q"
 [methods.training]
 steps = 2
 dev = false
 [methods.tasks.films]
 template = "so {{text}}"
+max_length = 20
 [[methods]]
 name = "probe"
 kind = "probe"
@@ -735,8 +757,9 @@ def test_what_a_method_asks_of_each_data_set(recipe: Path) -> None:
     method, (films, others) = made.methods[0], made.datasets
     assert method.task_of(films).template == "so {text}"
     assert method.task_of(films).labels == {"g": "good", "b": "bad"}
-    assert (method.task_of(films).max_length, method.task_of(others).max_length) == (16, None)
-    assert method.task_of(others).template is None
+    assert (method.task_of(films).max_length, method.task_of(others).max_length) == (20, None)
+    assert made.methods[1].task_of(films).max_length == 16
+    assert method.task_of(others).template == "it was {text}"
     assert method.task_of(others).verbalizer == {"kind": "prototypes", "scale": "5"}
     assert (method.training.steps, method.dev, made.methods[2].dev) == (2, False, False)
 
@@ -869,6 +892,16 @@ def test_the_example_recipe() -> None:
     assert f"deltaprompt compare recipes/{path.name}" in path.read_text()
     assert [d.name for d in made.datasets] == ["agnews", "cr"]
     assert [m.name for m in made.methods] == ["frozen probe", "prototypes, frozen", "prototypes + LoRA"]
+
+
+def test_the_recipe_that_the_page_shows() -> None:
+    page = (ROOT / "docs" / "compare.md").read_text()
+    made = build(tomllib.loads(page.partition("```toml\n")[2].partition("```")[0]))
+    ours, probe, peer = made.methods
+    task = ours.task_of(made.datasets[0])
+    assert (task.template, task.labels["Sports"]) == ("{text}", "Sports news about games, teams and players.")
+    assert (ours.backbone.kind, probe.backbone.kind, len(ours.deltas or ())) == ("encoder", None, 1)
+    assert (made.shots, peer.options) == ((0, 1, 16, "all"), {"epochs": 1})
 
 
 def test_help() -> None:

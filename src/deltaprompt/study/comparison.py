@@ -70,6 +70,7 @@ class Total:
     figures: int  # that it has whole
     asked: int  # that there are
     difference: Difference | None  # mean over the figures that the baseline has too
+    compared: int  # how many these are
     cpu_seconds: float | None  # of training one adaptation, mean over cells
     trainable: Range | None
     bytes: Range | None
@@ -110,22 +111,15 @@ def comparison(
     draws: int = DRAWS,
 ) -> Comparison:
     """The figures of what was found; the draws of a data set are the same for all methods and shots."""
-    figures, drawn_for = list[Figure](), dict[str, list[Floats]]()
+    figures, made = list[Figure](), dict[str, list[Floats]]()  # by method, the draws of its differences
     for data in datasets:
         own = [_figure(found, name, data.name, k, seeds, metric) for k in shots for name in methods]
-        theirs = {f.shots: f for f in own if f.method == baseline}
-        paired = {i: _pair(f, theirs[f.shots]) for i, f in enumerate(own) if theirs and f.method != baseline}
-        pairs = {i: pair for i, pair in paired.items() if pair is not None}
-        more = _drawn(data, list(pairs.values()), metric, draws)
-        for (i, difference), each in zip(zip(pairs, seen_of(data, pairs, metric), strict=True), more, strict=True):
-            own[i] = replace(own[i], difference=Difference.of(difference, each))
-            drawn_for.setdefault(own[i].method, []).append(each)
-        for k in shots:
-            there = [i for i, f in enumerate(own) if f.shots == k]
-            for i, marked in zip(there, marks([own[i] for i in there]), strict=True):
-                own[i] = replace(own[i], best=marked[0], near=marked[1])
-        figures += own
-    totals = [_total(name, [f for f in figures if f.method == name], drawn_for.get(name, [])) for name in methods]
+        told = _differences(own, data, metric, baseline, draws)
+        for i, (difference, each) in told.items():
+            own[i] = replace(own[i], difference=difference)
+            made.setdefault(own[i].method, []).append(each)
+        figures += _marked(own, len(methods))
+    totals = [_total(name, [f for f in figures if f.method == name], made.get(name, [])) for name in methods]
     totals = [replace(t, best=b, near=n) for t, (b, n) in zip(totals, marks(totals), strict=True)]
     columns = tuple((data.name, k) for data in datasets for k in shots)
     rows = {data.name: len(data.test) for data in datasets}
@@ -148,14 +142,17 @@ def _pair(ours: Figure, theirs: Figure) -> Pair | None:
     return (np.stack([a[s] for s in common]), np.stack([b[s] for s in common])) if common else None
 
 
-def seen_of(data: DataSet, pairs: Mapping[int, Pair], metric: Metric) -> list[float]:
-    """The differences as they are."""
-    return seen(list(pairs.values()), data.gold, len(data.labels), metric)
-
-
-def _drawn(data: DataSet, pairs: Sequence[Pair], metric: Metric, draws: int) -> Sequence[Floats]:
+def _differences(
+    figures: Sequence[Figure], data: DataSet, metric: Metric, baseline: str | None, draws: int
+) -> dict[int, tuple[Difference, Floats]]:
+    """The differences of one data set's figures to the baseline's after as many shots, by place, and their draws."""
+    theirs = {f.shots: f for f in figures if f.method == baseline}
+    paired = {i: _pair(f, theirs[f.shots]) for i, f in enumerate(figures) if theirs and f.method != baseline}
+    pairs = {i: pair for i, pair in paired.items() if pair is not None}
+    asked = (list(pairs.values()), data.gold, len(data.labels), metric)
     seed = zlib.crc32(data.name.encode())  # data sets are drawn from independently
-    return list(drawn(pairs, data.gold, len(data.labels), metric, draws, seed)) if pairs else []
+    each = zip(seen(*asked), drawn(*asked, draws, seed), strict=True) if pairs else ()
+    return {i: (Difference.of(one, many), many) for i, (one, many) in zip(pairs, each, strict=True)}
 
 
 # The best
@@ -182,6 +179,16 @@ def marks(each: Sequence[Ranked]) -> list[tuple[bool, bool]]:
     return [(mean == best, mean is not None and best - error <= mean < best) for mean in means]
 
 
+def _marked(figures: Sequence[Figure], methods: int) -> list[Figure]:
+    """The figures of a data set, so many methods after each number of shots, with the best of each marked."""
+    columns = [figures[i : i + methods] for i in range(0, len(figures), methods)]
+    return [
+        replace(f, best=best, near=near)
+        for column in columns
+        for f, (best, near) in zip(column, marks(column), strict=True)
+    ]
+
+
 # Totals
 
 
@@ -197,6 +204,7 @@ def _total(method: str, figures: Sequence[Figure], drawn_for: Sequence[Floats]) 
         len(whole),
         len(figures),
         Difference.of(statistics.fmean(differences), np.mean(drawn_for, axis=0)) if differences else None,
+        len(differences),
         statistics.fmean(cell.cpu_seconds for cell in cells) if cells else None,
         _range([cell.trainable for cell in cells]),
         _range([cell.bytes for cell in cells]),

@@ -47,15 +47,22 @@ def _shown(f: Figure) -> str:
 def _over_all(c: Comparison, t: Total) -> list[str]:
     some = "" if t.whole or t.mean is None else f"({t.figures} of {t.asked})"
     mean = NOTHING if t.mean is None else _joined(_bold(f"{t.mean:.3f}", t.best), NEAR if t.near else "", some)
-    own = [_difference(t.difference)] if c.baseline is not None else []
-    seconds = NOTHING if t.cpu_seconds is None else f"{t.cpu_seconds:,.{1 if t.cpu_seconds < 100 else 0}f}"
-    return [mean, *own, seconds, _range(t.trainable), _range(t.bytes)]
+    own = [_difference(t)] if c.baseline is not None else []
+    return [mean, *own, _seconds(t.cpu_seconds), _range(t.trainable), _range(t.bytes)]
 
 
-def _difference(d: Difference | None) -> str:
-    if d is None:
+def _difference(t: Total) -> str:
+    if (d := t.difference) is None:
         return NOTHING
-    return _joined(f"{_signed(d.mean)} [{_signed(d.low)}, {_signed(d.high)}]", SIGNS[d.sign])
+    some = f"({t.compared} of {t.asked})" if t.compared < t.asked else ""
+    return _joined(f"{_signed(d.mean)} [{_signed(d.low)}, {_signed(d.high)}]", SIGNS[d.sign], some)
+
+
+def _seconds(value: float | None) -> str:
+    """Three digits or so."""
+    if value is None:
+        return NOTHING
+    return f"{value:,.{2 if value < 1 else 1 if value < 100 else 0}f}"
 
 
 def _signed(value: float) -> str:
@@ -175,6 +182,7 @@ def _total(t: Total) -> dict[str, Any]:
         "figures": t.figures,
         "asked": t.asked,
         **_of(t.difference),
+        "compared": t.compared,
         "best": t.best,
         "near": t.near,
         "cpu_seconds": t.cpu_seconds,
