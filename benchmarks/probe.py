@@ -12,8 +12,8 @@ from pathlib import Path
 
 import deltaprompt as dp
 from deltaprompt.cli.data import Deal, rows
-from deltaprompt.cli.probe import embedded, regression
 from deltaprompt.cli.recipe import build, read_toml
+from deltaprompt.study.probe import embedded, regression
 
 
 def main() -> None:

@@ -20,9 +20,9 @@ import deltaprompt as dp
 from deltaprompt.backbone import Backbone
 from deltaprompt.calibrations._base import Calibration, spread
 from deltaprompt.calibrations.contextualised import Contextualised
-from deltaprompt.cli.probe import embedded, regression
 from deltaprompt.data.label_words import read_label_words
 from deltaprompt.model.starting import observed, unlabelled_of
+from deltaprompt.study.probe import embedded, regression
 from deltaprompt.trainer import Silent
 from deltaprompt.types import AtMask
 from deltaprompt.verbalizers._base import Verbalizer

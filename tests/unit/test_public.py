@@ -122,7 +122,10 @@ def test_importing_costs_nothing():
     [
         ["--help"],
         ["--version"],
-        *([c, "--help"] for c in ("fit", "predict", "inspect", "export", "import", "demo", "pretrain", "search")),
+        *(
+            [c, "--help"]
+            for c in ("fit", "predict", "inspect", "export", "import", "demo", "pretrain", "search", "compare")
+        ),
     ],
 )
 def test_help_answers_without_torch(arguments):

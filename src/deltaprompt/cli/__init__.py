@@ -8,6 +8,7 @@ import typer
 
 from deltaprompt import __version__
 from deltaprompt.cli import (
+    compare,
     conformance,
     demo,
     episodes,
@@ -35,6 +36,7 @@ app.command()(guarded(conformance.conformance))
 app.command()(guarded(search.search))
 app.command()(guarded(noise.noise))
 app.command()(guarded(episodes.episodes))
+app.command()(guarded(compare.compare))
 app.command()(guarded(pretrain.pretrain))
 app.command("import")(guarded(interchange.import_))
 

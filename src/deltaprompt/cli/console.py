@@ -47,8 +47,11 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
 
 
 @contextmanager
-def resumable(out: object, resume: bool, what: str = "the run") -> Iterator[None]:
-    """Within it Ctrl-C ends the command with the one that goes on, where a folder keeps what was done."""
+def resumable(out: object, resume: bool | None, what: str = "the run") -> Iterator[None]:
+    """Within it Ctrl-C ends the command with the one that goes on, where a folder keeps what was done.
+
+    `resume` is None for a command that goes on by itself.
+    """
     if resume and out is None:
         raise ConfigError(f"--resume needs --out, the folder of {what} that was broken off")
     try:
@@ -57,7 +60,8 @@ def resumable(out: object, resume: bool, what: str = "the run") -> Iterator[None
         if out is None:
             raise
         again = [word for word in sys.argv[1:] if word != "--resume"]
-        note(f"stopped by Ctrl-C; go on with: {shlex.join(['deltaprompt', *again, '--resume'])}")
+        again += [] if resume is None else ["--resume"]
+        note(f"stopped by Ctrl-C; go on with: {shlex.join(['deltaprompt', *again])}")
         raise typer.Exit(INTERRUPTED) from error
 
 

@@ -10,6 +10,7 @@ from deltaprompt.cli.recipe import DataTable, Recipe
 from deltaprompt.cli.task import TEMPLATES
 from deltaprompt.data import few_shot, labels_of, read, read_relations, split
 from deltaprompt.data.formats import HUB
+from deltaprompt.data.samplers import DEV_SHARE
 from deltaprompt.errors import ConfigError
 from deltaprompt.templates import parse
 from deltaprompt.types import Example
@@ -21,7 +22,6 @@ SPLITS = {
     "unlabelled": "unsupervised",
 }  # the usual names of a hub dataset's splits
 MARKED = frozenset(("marked", "first", "between", "second"))  # fields that rows of relations have
-DEV_SHARE = 0.1  # of all rows, where there are neither shots nor a dev file
 Sets = tuple[Sequence[Example], Sequence[Example] | None]
 
 

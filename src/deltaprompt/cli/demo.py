@@ -77,7 +77,7 @@ def _probe(backbone: Backbone, supports: Supports, test: Sequence[Example]) -> l
     """A logistic regression on frozen embeddings of the same examples."""
     from sklearn.metrics import accuracy_score, f1_score
 
-    from deltaprompt.cli.probe import embedded, regression
+    from deltaprompt.study.probe import embedded, regression
     from deltaprompt.trainer.seeds import told
 
     begun = time.perf_counter()

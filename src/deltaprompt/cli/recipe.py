@@ -176,7 +176,7 @@ def build(given: Mapping[str, Any]) -> Recipe:
         **tables,
         deltas=None
         if deltas is None
-        else tuple(_delta(d, n) for n, d in enumerate(value_of(list[Any], deltas, "deltas"), 1)),
+        else tuple(delta_of(d, f"[[deltas]] {n}") for n, d in enumerate(value_of(list[Any], deltas, "deltas"), 1)),
         seeds=seeds_of(given.get("seeds", 0)),
         together=value_of(int, given.get("together", TOGETHER), "together"),
         shots=shots,
@@ -376,11 +376,12 @@ def table_of(cls: type[T], given: object, where: str) -> T:
     return value_of(cls, given, where)
 
 
-def _delta(given: object, number: int) -> Delta:
+def delta_of(given: object, where: str) -> Delta:
+    """A delta of a table, or of `"lora:rank=16"`."""
     if isinstance(given, str):
         given = variant_of("deltas", given)
     if not isinstance(given, Mapping):
-        raise ConfigError(f"[[deltas]] {number} is a table with the key 'kind'; got {given!r:.60}")
+        raise ConfigError(f"{where} is a table with the key 'kind'; got {given!r:.60}")
     made: Delta = registry.from_description("deltas", given)
     return made
 

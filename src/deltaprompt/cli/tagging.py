@@ -47,9 +47,10 @@ def tables(given: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any
 
 def run(recipe: Recipe, table: TaggingTable, resume: bool) -> SeedsResult:
     """Loads, trains and measures."""
-    from deltaprompt.cli.data import DEV_SHARE, training_file
+    from deltaprompt.cli.data import training_file
     from deltaprompt.cli.task import deltas_for, loaded
     from deltaprompt.data import few_sentences, hold_out
+    from deltaprompt.data.samplers import DEV_SHARE
     from deltaprompt.data.tagged import span_labels
     from deltaprompt.model.tagger import Tagger
     from deltaprompt.trainer import fit_seeds

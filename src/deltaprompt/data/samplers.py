@@ -17,6 +17,7 @@ from deltaprompt.errors import ConfigError, DataError
 from deltaprompt.types import Example
 
 T = TypeVar("T")
+DEV_SHARE = 0.1  # of all rows, where there are neither shots nor a dev file
 Dealt = tuple[list[Example], list[Example]]
 
 
