@@ -51,9 +51,9 @@ class Adaptation:
 
     def save(self, folder: str | Path) -> int:
         """Keeps it in a folder that `dp.open` and `deltaprompt predict` read; the bytes written."""
-        return store.write(folder, self.record, self.torch())
+        return store.write(folder, self.record, self.as_torch())
 
-    def torch(self) -> dict[str, torch.Tensor]:
+    def as_torch(self) -> dict[str, torch.Tensor]:
         """The tensors as PyTorch's own."""
         return {name: torch.tensor(array) for name, array in self.tensors.items()}
 
@@ -101,7 +101,7 @@ class Place:
             check(adaptation.record, self.identity(adaptation.record["template"]), what)
             with self._taken():
                 self.model = rebuilt(adaptation.record, self.backbone, what)
-                fill(self.model, adaptation.torch())
+                fill(self.model, adaptation.as_torch())
                 self.holder = adaptation
         return self.model
 
