@@ -30,6 +30,7 @@ from deltaprompt.data.tags import spans_of, tags_of
 from deltaprompt.defaults import deltas_for, task_for
 from deltaprompt.errors import ConfigError, DataError, StoreError
 from deltaprompt.estimators import FewShotClassifier, FewShotTagger, _adaptation, release
+from deltaprompt.estimators._sentences import Form, unanswered
 from deltaprompt.types import Example, Span
 from tests import backbones_zoo as zoo
 from tests import command, files
@@ -360,11 +361,14 @@ def test_a_fit_that_fails_leaves_the_backbone_to_the_others(quick, monkeypatch):
     def breaks(*_args, **_options):
         raise KeyboardInterrupt
 
+    backbone = _adaptation.place_of(quick.backbone, "masked", "cpu").backbone
     for place in ("deltaprompt.estimators._adaptation.fit", "deltaprompt.model.model.begin_from_words"):
         with monkeypatch.context() as patched:
             patched.setattr(place, breaks)  # while it trains, and while a model is made
             with pytest.raises(KeyboardInterrupt):
                 clone(quick).fit(X, Y)
+        same = _adaptation.place_of(quick.backbone, "masked", "cpu").backbone is backbone
+        assert same == place.endswith("fit")  # what broke while it was made cannot be taken off, and is loaded again
         assert (quick.predict_proba(NEW) == own).all()
 
 
@@ -531,9 +535,12 @@ def test_tags_come_back_in_the_scheme_that_they_had(encoder, scheme, learned):
 def test_the_score_is_the_f1_of_exact_spans(encoder):
     fitted = FewShotTagger(encoder, steps=1, device="cpu").fit(WORDS, TAGS)
     found = [[(0, 3, "animal"), (4, 9, "film")], [(1, 2, "film")]]
-    fitted._found = lambda examples: [  # what is found is given here
-        Example(one.fields, spans=tuple(Span(*s) for s in own)) for one, own in zip(examples, found, strict=True)
-    ]
+
+    def finds(examples):
+        assert not any(one.spans for one in examples)  # which would cut words where they begin and end
+        return [Example({}, spans=tuple(Span(*span) for span in own)) for own in found]
+
+    fitted._found = finds
     right = [[(0, 3, "animal"), (4, 8, "film")], [(1, 2, "animal"), (3, 4, "film")]]
     assert fitted.score(["abcdefghij", "abcdefghij"], right) == pytest.approx(2 * 1 / (3 + 4))
 
@@ -553,6 +560,9 @@ def test_characters_are_joined_by_nothing(encoder):
     fitted = FewShotTagger(encoder, steps=2).fit(words, tags)
     assert fitted._form.joiner == ""
     assert [len(own) for own in fitted.predict(words)] == [6, 4]
+    for form, text in ((fitted._form, "电影ok"), (Form(), "电影 ok")):  # as when it was fitted, whatever is given now
+        ((example,), in_words) = unanswered([["电影", "ok"]], form)
+        assert (example.fields["text"], in_words) == (text, True)
 
 
 def test_a_grid_over_a_tagger(encoder):
