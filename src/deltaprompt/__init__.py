@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from deltaprompt.deltas.prefix import Prefix
     from deltaprompt.deltas.soft_prompt import SoftPrompt
     from deltaprompt.errors import DeltaPromptError
+    from deltaprompt.estimators import FewShotClassifier, FewShotTagger
     from deltaprompt.interchange import open_peft, save_peft
     from deltaprompt.model import Model, Task, adapt
     from deltaprompt.model.episodic import Episodic
@@ -79,6 +80,8 @@ __all__ = [
     "DomainPMI",
     "Episodic",
     "Example",
+    "FewShotClassifier",
+    "FewShotTagger",
     "Generation",
     "Generator",
     "Hierarchical",
@@ -140,6 +143,8 @@ _WHERE = {
     "Chat": "model.generation",
     "Episodic": "model.episodic",
     "Example": "types",
+    "FewShotClassifier": "estimators",
+    "FewShotTagger": "estimators",
     "Generation": "model.generation",
     "Generator": "model.generator",
     "LabelDescriptions": "verbalizers.label_descriptions",

@@ -9,7 +9,7 @@ from functools import cache, lru_cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Any, cast, get_type_hints
+from typing import TYPE_CHECKING, Any, cast, get_origin, get_type_hints
 
 from deltaprompt.errors import ConfigError, nearest
 
@@ -112,3 +112,17 @@ def from_description(kind: str, stored: Mapping[str, Any]) -> Any:
     if "kind" not in stored:
         raise ConfigError(f"a {kind.removesuffix('s')} needs the key 'kind'; possible: {', '.join(variants(kind))}")
     return build(kind, str(stored["kind"]), {k: v for k, v in stored.items() if k != "kind"})
+
+
+def variant_of(kind: str, text: str) -> dict[str, Any]:
+    """`"lora:rank=16,at=attn.q+attn.v"` as a table: its kind, and its options, those that are lists split at `+`."""
+    name, _, rest = text.partition(":")
+    hints = _hints(cast(Hashable, variant(kind, name)))
+    options: dict[str, Any] = {}
+    for piece in rest.split(",") if rest else ():
+        option, equals, value = piece.partition("=")
+        if not equals or not option.strip() or not value.strip():
+            raise ConfigError(f"{text!r}: {piece!r} is no option; write {name}:option=value,option=value")
+        known = option.strip() in hints and get_origin(hints[option.strip()]) is tuple
+        options[option.strip()] = value.strip().split("+") if known else value.strip()
+    return {"kind": name, **options}

@@ -13,8 +13,9 @@ import pytest
 
 from deltaprompt.cli import demo
 from deltaprompt.cli import fit as fit_module
-from deltaprompt.cli.recipe import build, overlaid, read_toml, seeds_of, variant_of
+from deltaprompt.cli.recipe import build, overlaid, read_toml, seeds_of
 from deltaprompt.errors import ConfigError
+from deltaprompt.registry import variant_of
 from tests import backbones_zoo
 from tests.command import fails, last_json, run, succeeds
 

@@ -41,6 +41,8 @@ def test_the_public_names():
         "DomainPMI",
         "Episodic",
         "Example",
+        "FewShotClassifier",
+        "FewShotTagger",
         "Generation",
         "Generator",
         "Hierarchical",

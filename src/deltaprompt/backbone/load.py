@@ -199,13 +199,8 @@ def _arguments(forward: Callable[..., Any]) -> Mapping[str, Parameter]:
     return signature(forward).parameters
 
 
-POOLED = (
-    "bert",
-    "roberta",
-    "xlm-roberta",
-    "mpnet",
-    "albert",
-)  # architectures whose pooling layer is never read here, and would have no gradient
+# architectures whose pooling layer is never read here, and would have no gradient
+POOLED = ("bert", "roberta", "xlm-roberta", "mpnet", "albert")
 
 
 def load(
@@ -251,9 +246,13 @@ def load(
     model = _model(source, config, kind, dtype, attention, revision, head)
     tokenizer = tokenizer_of(source, revision)
     backbone = wrap(model, tokenizer, kind=kind, name=str(name))
-    device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    backbone.model.to(device)
+    backbone.model.to(device or usual_device())
     return backbone
+
+
+def usual_device() -> str:
+    """The accelerator where there is one."""
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def wrap(

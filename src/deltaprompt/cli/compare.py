@@ -110,7 +110,7 @@ def _run(recipe: CompareRecipe) -> Comparison:
 def _data(recipe: CompareRecipe, table: SetTable) -> DataSet:
     """The rows of a data set, with the fields that any method's template has."""
     from deltaprompt.cli.data import apart, names_of, rows
-    from deltaprompt.cli.task import TEMPLATES
+    from deltaprompt.defaults import TEMPLATES
     from deltaprompt.study import DataSet
     from deltaprompt.templates import parse
 
@@ -141,7 +141,8 @@ def _methods(recipe: CompareRecipe, sets: Sequence[DataSet]) -> list[Method]:
 def _method(
     recipe: CompareRecipe, m: MethodTable, sets: Sequence[DataSet], known: dict[tuple[BackboneTable, bool], Backbone]
 ) -> Method:
-    from deltaprompt.cli.task import deltas_for, task_for
+    from deltaprompt.cli.task import task_for
+    from deltaprompt.defaults import deltas_for
     from deltaprompt.study import Called, Probe, Trained
     from deltaprompt.study.probe import TEMPLATE
 

@@ -16,10 +16,10 @@ from deltaprompt.cli.recipe import (
     seeds_of,
     table_of,
     value_of,
-    variant_of,
 )
 from deltaprompt.deltas._base import Delta
 from deltaprompt.errors import ConfigError, nearest
+from deltaprompt.registry import variant_of
 from deltaprompt.study.data import Shots
 from deltaprompt.study.running import check_asked
 from deltaprompt.trainer import Training

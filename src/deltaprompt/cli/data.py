@@ -7,10 +7,10 @@ from collections.abc import Collection, Sequence
 from deltaprompt.cli import entities
 from deltaprompt.cli.console import note
 from deltaprompt.cli.recipe import DataTable, Recipe
-from deltaprompt.cli.task import TEMPLATES
 from deltaprompt.data import few_shot, labels_of, read, read_relations, split
 from deltaprompt.data.formats import HUB
 from deltaprompt.data.samplers import DEV_SHARE
+from deltaprompt.defaults import TEMPLATES
 from deltaprompt.errors import ConfigError
 from deltaprompt.templates import parse
 from deltaprompt.types import Example

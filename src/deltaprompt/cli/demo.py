@@ -96,7 +96,7 @@ def _probe(backbone: Backbone, supports: Supports, test: Sequence[Example]) -> l
 
 def _prompt_and_delta(backbone: Backbone, supports: Supports, test: Sequence[Example], out: Path) -> list[str]:
     """A prompt, LoRA on every linear map, and prototypes that start from the descriptions and the examples."""
-    from deltaprompt.cli.task import deltas_for
+    from deltaprompt.defaults import deltas_for
     from deltaprompt.model import Model, Task
     from deltaprompt.trainer import fit_seeds
 

@@ -65,7 +65,8 @@ def fit(recipe: Recipe, linked: Linked, backbone: Backbone, resume: bool) -> See
     """Trains on pairs of mentions without labels, and measures on test."""
     from deltaprompt.cli.data import fields_of, names_of, refuse, rows
     from deltaprompt.cli.fit import told
-    from deltaprompt.cli.task import deltas_for, task_for
+    from deltaprompt.cli.task import task_for
+    from deltaprompt.defaults import deltas_for
     from deltaprompt.model import Model
     from deltaprompt.model.similar import Similar
     from deltaprompt.trainer import fit_seeds

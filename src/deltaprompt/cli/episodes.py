@@ -87,7 +87,8 @@ def episodes(
 
 def _chosen(path: Path | None, given: Mapping[str, Any]) -> tuple[Recipe, EpisodesTable]:
     """The recipe of a file, if there is one, and of options, which win; and its table of episodes."""
-    from deltaprompt.cli.recipe import build, overlaid, read_toml, table_of, variant_of
+    from deltaprompt.cli.recipe import build, overlaid, read_toml, table_of
+    from deltaprompt.registry import variant_of
 
     tables = {} if path is None else read_toml(path)
     own = tables.pop(TABLE, {})
@@ -117,7 +118,8 @@ def _chosen(path: Path | None, given: Mapping[str, Any]) -> tuple[Recipe, Episod
 def _run(recipe: Recipe, table: EpisodesTable, resume: bool) -> SeedsResult:
     """Loads, trains on episodes of some labels, and measures on episodes of others."""
     from deltaprompt.cli.data import refuse
-    from deltaprompt.cli.task import deltas_for, loaded
+    from deltaprompt.cli.task import loaded
+    from deltaprompt.defaults import deltas_for
     from deltaprompt.model.learner import Learner
     from deltaprompt.trainer import fit_seeds
 

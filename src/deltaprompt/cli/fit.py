@@ -102,7 +102,8 @@ def _report(chosen: Recipe, result: SeedsResult | GridResult, as_json: bool) -> 
 
 def _tables(given: dict[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The options of the command line in the form of a recipe's tables."""
-    from deltaprompt.cli.recipe import grid_of, labels_of, pairs, variant_of
+    from deltaprompt.cli.recipe import grid_of, labels_of, pairs
+    from deltaprompt.registry import variant_of
 
     deltas, verbalizer = given["delta"], given["verbalizer"]
     none = deltas == ["none"]
@@ -199,7 +200,7 @@ def _with_masks(recipe: Recipe, model: Model) -> Model | WithMasks:
 
 def _deltas(recipe: Recipe, backbone: Backbone) -> Sequence[Delta]:
     """Those asked for, or the default; with 0 shots nothing is trained."""
-    from deltaprompt.cli.task import deltas_for
+    from deltaprompt.defaults import deltas_for
 
     if recipe.shots == 0:
         if recipe.deltas:

@@ -87,9 +87,8 @@ def _grow(tree: Tree, value: Mapping[str, Any]) -> None:
 def _backbone(name: str, deltas: list[str], step: tuple[int, int | None] | None, dtype: str, as_json: bool) -> bool:
     """Prints a backbone, and the memory of a step of so many rows and tokens; true where a delta cannot be attached."""
     from deltaprompt.backbone import load
-    from deltaprompt.cli.recipe import variant_of
     from deltaprompt.memory import predicted
-    from deltaprompt.registry import from_description
+    from deltaprompt.registry import from_description, variant_of
     from deltaprompt.report import anatomy
 
     chosen = [from_description("deltas", variant_of("deltas", text)) for text in deltas if text != "none"]

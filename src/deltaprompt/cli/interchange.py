@@ -126,7 +126,8 @@ def _task_table(
     template: str | None, describe: list[str] | None, verbalizer: str | None, max_length: int | None
 ) -> Any:
     """The task's options as a recipe's table."""
-    from deltaprompt.cli.recipe import build, labels_of, overlaid, variant_of
+    from deltaprompt.cli.recipe import build, labels_of, overlaid
+    from deltaprompt.registry import variant_of
 
     if not describe:
         raise ConfigError(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from deltaprompt import registry
-from deltaprompt.cli.recipe import check_keys, table_of, value_of, variant_of
+from deltaprompt.cli.recipe import check_keys, table_of, value_of
 from deltaprompt.errors import ConfigError
 from deltaprompt.pretrain import Pretraining, Texts, Tuned
 
@@ -131,7 +131,7 @@ def _texts(given: Mapping[str, Any], key: str) -> tuple[Texts, ...]:
 
 def _delta(given: object, number: int) -> Tuned:
     if isinstance(given, str):
-        given = variant_of("deltas", given)
+        given = registry.variant_of("deltas", given)
     table = _named(given, f"[[deltas]] {number}", "kind")
     own = {key: value_of(float, table[key], f"[[deltas]] {number} {key}") for key in OWN if key in table}
     options = {key: value for key, value in table.items() if key not in OWN}

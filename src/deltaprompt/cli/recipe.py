@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -203,21 +203,6 @@ def overlaid(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any
     return made
 
 
-def variant_of(kind: str, text: str) -> dict[str, Any]:
-    """`"lora:rank=16,at=attn.q+attn.v"` as a table: its kind, and its options, those that are lists split at `+`."""
-    name, _, rest = text.partition(":")
-    cls = registry.variant(kind, name)
-    hints = get_type_hints(cls)
-    options: dict[str, Any] = {}
-    for piece in rest.split(",") if rest else ():
-        option, equals, value = piece.partition("=")
-        if not equals or not option.strip() or not value.strip():
-            raise ConfigError(f"{text!r}: {piece!r} is no option; write {name}:option=value,option=value")
-        known = option.strip() in hints and get_origin(hints[option.strip()]) is tuple
-        options[option.strip()] = value.strip().split("+") if known else value.strip()
-    return {"kind": name, **options}
-
-
 def seeds_of(given: object) -> tuple[int, ...]:
     """The seeds that `0-4`, `0,3,7`, a number or a list of numbers names."""
     if isinstance(given, int) and not isinstance(given, bool):
@@ -379,7 +364,7 @@ def table_of(cls: type[T], given: object, where: str) -> T:
 def delta_of(given: object, where: str) -> Delta:
     """A delta of a table, or of `"lora:rank=16"`."""
     if isinstance(given, str):
-        given = variant_of("deltas", given)
+        given = registry.variant_of("deltas", given)
     if not isinstance(given, Mapping):
         raise ConfigError(f"{where} is a table with the key 'kind'; got {given!r:.60}")
     made: Delta = registry.from_description("deltas", given)

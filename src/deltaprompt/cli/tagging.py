@@ -30,7 +30,7 @@ ERRORS = {
 
 def tables(given: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The options as the recipe's table of what is looked for; none where something else is asked for."""
-    from deltaprompt.cli.recipe import variant_of
+    from deltaprompt.registry import variant_of
 
     if not given["find_spans"] and "tagging" not in recipe:
         return {}
@@ -48,10 +48,11 @@ def tables(given: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any
 def run(recipe: Recipe, table: TaggingTable, resume: bool) -> SeedsResult:
     """Loads, trains and measures."""
     from deltaprompt.cli.data import training_file
-    from deltaprompt.cli.task import deltas_for, loaded
+    from deltaprompt.cli.task import loaded
     from deltaprompt.data import few_sentences, hold_out
     from deltaprompt.data.samplers import DEV_SHARE
     from deltaprompt.data.tagged import span_labels
+    from deltaprompt.defaults import deltas_for
     from deltaprompt.model.tagger import Tagger
     from deltaprompt.trainer import fit_seeds
 

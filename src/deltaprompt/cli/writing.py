@@ -37,9 +37,10 @@ def tables(given: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any
 def run(recipe: Recipe, generation: Generation | Chat, resume: bool) -> SeedsResult:
     """Loads, trains and measures."""
     from deltaprompt.cli.data import training_file
-    from deltaprompt.cli.task import deltas_for, loaded
+    from deltaprompt.cli.task import loaded
     from deltaprompt.data import grouped, hold_out, told_apart
     from deltaprompt.data.samplers import DEV_SHARE
+    from deltaprompt.defaults import deltas_for
     from deltaprompt.model.generator import Generator
     from deltaprompt.trainer import fit_seeds
 

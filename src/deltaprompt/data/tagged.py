@@ -220,12 +220,12 @@ def _of_text(row: Row, column: str | None) -> Example:
     if column is None:
         return Example(fields)
     given = cast("list[object]", row.values[column])
-    spans = [_span(one, len(text), f"{row.at}: column {column!r}, span {n}") for n, one in enumerate(given, 1)]
+    spans = [span_from(one, len(text), f"{row.at}: column {column!r}, span {n}") for n, one in enumerate(given, 1)]
     return Example(fields, spans=tuple(span for span, _ in in_order(spans, len(text), "characters", row.at)))
 
 
-def _span(given: object, length: int, at: str) -> Span:
-    """A span of a row: an object, or a list of start, end and label."""
+def span_from(given: object, length: int, at: str) -> Span:
+    """A span as rows write it, an object, or a list of start, end and label; `at` says where it stands."""
     match given:
         case {"start": start, "end": end, "label": label} | {"start": start, "end": end, "type": label}:
             pass

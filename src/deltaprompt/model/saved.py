@@ -80,20 +80,39 @@ def save(
     Raises:
         StoreError: the folder cannot be written, or the record has what JSON cannot hold.
     """
-    kept = tensors(model, slot)
+    kept, same = tensors(model, slot), identity(model.backbone, model.record(slot)["template"])
+    return store.write(folder, record_of(model, kept, same, slot, training, metrics), kept)
+
+
+def record_of(
+    model: Trainable,
+    kept: Mapping[str, Tensor],
+    backbone: Mapping[str, Any],
+    slot: int = 0,
+    training: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The record of one adaptation, from which, with its tensors, it can be made again; see `save`.
+
+    Args:
+        model: that has it.
+        kept: its tensors.
+        backbone: what tells the backbone; see `identity`.
+        slot: which of the model's adaptations.
+        training: how it was trained.
+        metrics: what it reached.
+    """
     fixed = {name for name, tensor, _ in model.slot_parts(slot) if not tensor.requires_grad}  # a start's, not trained
-    told = model.record(slot)
-    record = {
+    return {
         "deltaprompt": version(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "backbone": identity(model.backbone, told["template"]),
-        **told,
+        "backbone": backbone,
+        **model.record(slot),
         "deltas": [described("deltas", plain(delta)) for delta in model.chosen],
         "parameters": sum(tensor.numel() for name, tensor in kept.items() if name not in fixed),
         "training": training,
         "metrics": metrics,
     }
-    return store.write(folder, record, kept)
 
 
 def open_(
@@ -120,7 +139,7 @@ def open_(
         raise ConfigError("device and dtype are for a backbone that open loads itself; load yours with them")
     else:
         check(record, identity(backbone, record["template"]), folder)
-    model = _rebuilt(record, backbone, folder)
+    model = rebuilt(record, backbone, folder)
     try:
         fill(model, saved)
     except StoreError as e:
@@ -247,8 +266,8 @@ def _told(backbone: Mapping[str, Any]) -> str:
     return f"{name} (fingerprint {backbone['fingerprint']})"
 
 
-def _rebuilt(record: Mapping[str, Any], backbone: Backbone, folder: str | Path) -> Opened:
-    """The model of a record, its tensors as at the start of training."""
+def rebuilt(record: Mapping[str, Any], backbone: Backbone, folder: str | Path) -> Opened:
+    """The model of a record, its tensors as at the start of training; errors name the folder."""
     try:
         deltas = [from_description("deltas", delta) for delta in record["deltas"]]
         if "generation" in record:
