@@ -34,7 +34,7 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
         except DeltaPromptError as error:
             if kwargs.get("debug"):
                 raise
-            note(str(error), "bold red")
+            _line(str(error), "bold red")
             raise typer.Exit(WRONG_USE) from error
         except KeyboardInterrupt as error:
             note("stopped by Ctrl-C")
@@ -66,7 +66,12 @@ def resumable(out: object, resume: bool | None, what: str = "the run") -> Iterat
 
 
 def note(text: str, style: str = "dim") -> None:
-    """A line to standard error, as it is: no markup, no wrapping."""
+    """A line to standard error, as it is: no markup, no wrapping. Of several processes (torchrun) the first speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        _line(text, style)
+
+
+def _line(text: str, style: str) -> None:
     from rich.console import Console
 
     Console(stderr=True, highlight=False, soft_wrap=True).print(text, style=style, markup=False, emoji=False)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from deltaprompt.cli import entities
 from deltaprompt.cli.console import note
-from deltaprompt.cli.recipe import DataTable, Recipe
+from deltaprompt.cli.recipe import DataTable, Recipe, pairs
 from deltaprompt.data import few_shot, labels_of, read, read_relations, split
 from deltaprompt.data.formats import HUB
 from deltaprompt.data.samplers import DEV_SHARE
@@ -27,8 +28,7 @@ Sets = tuple[Sequence[Example], Sequence[Example] | None]
 
 def rows(source: str, asked: DataTable, fields: Collection[str], role: str) -> list[Example]:
     """The rows of a file, or of a dataset on the hub: `hf:name`, `hf:name@split`; labelled but for "unlabelled"."""
-    name, at, named = source.partition("@") if source.startswith(HUB) else (source, "", "")
-    wanted = (named if at else SPLITS[role]) if source.startswith(HUB) else None
+    name, wanted = split_of(source, SPLITS[role])
     text = asked.text or asked.fields.get("text") or ("text" if "text" in fields else None)
     own = {key: column for key, column in asked.fields.items() if key != "text"}
     dropped: list[str] = []
@@ -44,6 +44,21 @@ def rows(source: str, asked: DataTable, fields: Collection[str], role: str) -> l
     if dropped:
         note(f"{source}: left out {len(dropped)} of {len(found) + len(dropped)} rows, the first: {dropped[0]}")
     return found
+
+
+def split_of(source: str, usual: str = "train") -> tuple[str, str | None]:
+    """A source without its split, and its split: that of `hf:name@split`, of `hf:name` the usual; a file has none."""
+    if not source.startswith(HUB):
+        return source, None
+    name, at, split = source.partition("@")
+    return name, split if at else usual
+
+
+def labelled_rows(source: str, given: Mapping[str, Any], fields: Collection[str]) -> list[Example]:
+    """The rows to measure an adaptation with these fields on, as the options of its command say."""
+    own = pairs(given["field"] or [], "--field")
+    label, drop = given["label"] or "label", given["drop_empty"]
+    return rows(source, DataTable(text=given["text"], label=label, fields=own, drop_empty=drop), fields, "test")
 
 
 def apart(asked: DataTable, train: list[Example]) -> tuple[Sequence[Example], Sequence[Example] | None]:

@@ -65,11 +65,10 @@ def fit(recipe: Recipe, linked: Linked, backbone: Backbone, resume: bool) -> See
     """Trains on pairs of mentions without labels, and measures on test."""
     from deltaprompt.cli.data import fields_of, names_of, refuse, rows
     from deltaprompt.cli.fit import told
+    from deltaprompt.cli.seeds import deltas_of, fit_recipe
     from deltaprompt.cli.task import task_for
-    from deltaprompt.defaults import deltas_for
     from deltaprompt.model import Model
     from deltaprompt.model.similar import Similar
-    from deltaprompt.trainer import fit_seeds
 
     asked, fields = recipe.data, fields_of(recipe)
     if recipe.grid.axes or recipe.shots is not None:
@@ -86,7 +85,7 @@ def fit(recipe: Recipe, linked: Linked, backbone: Backbone, resume: bool) -> See
     labelled = [file for file in (asked.train, asked.test) if file is not None]
     train = rows(labelled[0], asked, fields, "test") if labelled and asked.types is None else []
     test = None if asked.test is None else rows(asked.test, asked, fields, "test")
-    deltas = deltas_for(backbone) if recipe.deltas is None else recipe.deltas
+    deltas = deltas_of(recipe, backbone)
     task = task_for(recipe.task, backbone, names_of(asked, train))
     told(recipe, [task], deltas, backbone.kind)
 
@@ -95,13 +94,4 @@ def fit(recipe: Recipe, linked: Linked, backbone: Backbone, resume: bool) -> See
         console.note(f"seed {seed}: {len(pairs):,} pairs of sentences, {len(dev):,} to choose by")
         return pairs, dev or None
 
-    return fit_seeds(
-        lambda seeds: Similar(Model(backbone, task, deltas, seeds)),
-        deal,
-        test,
-        seeds=recipe.seeds,
-        training=recipe.training,
-        together=recipe.together,
-        out=recipe.out,
-        resume=resume,
-    )
+    return fit_recipe(recipe, lambda seeds: Similar(Model(backbone, task, deltas, seeds)), deal, test, resume)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -118,10 +118,9 @@ def _chosen(path: Path | None, given: Mapping[str, Any]) -> tuple[Recipe, Episod
 def _run(recipe: Recipe, table: EpisodesTable, resume: bool) -> SeedsResult:
     """Loads, trains on episodes of some labels, and measures on episodes of others."""
     from deltaprompt.cli.data import refuse
+    from deltaprompt.cli.seeds import called, deltas_of, fit_recipe
     from deltaprompt.cli.task import loaded
-    from deltaprompt.defaults import deltas_for
     from deltaprompt.model.learner import Learner
-    from deltaprompt.trainer import fit_seeds
 
     if recipe.grid.axes or recipe.shots is not None or recipe.generation or recipe.tagging or recipe.pairs:
         raise ConfigError("episodes have shots in [episodes] and labels of their own; leave other shots and tables out")
@@ -132,18 +131,20 @@ def _run(recipe: Recipe, table: EpisodesTable, resume: bool) -> SeedsResult:
         asked = dataclasses.replace(asked, moves=moves_in(pools.train), tau=table.tau)
     kind = "encoder" if table.spans and recipe.backbone.kind is None else recipe.backbone.kind
     backbone = loaded(dataclasses.replace(recipe.backbone, kind=kind), [asked.template])
-    deltas = deltas_for(backbone) if recipe.deltas is None else recipe.deltas
+    deltas = deltas_of(recipe, backbone)
     test = pools.dealt("test", 0)
-    _note(recipe, table, asked, [type(delta).__name__ for delta in deltas], pools)
-    return fit_seeds(
+    trained = called(recipe, deltas) if deltas else "no delta: nothing is trained"
+    counts = ", ".join(f"{len(vars(pools)[role]):,} {role}" for role in ("train", "dev", "test"))
+    console.note(
+        f"{recipe.backbone.name}: {table.ways} ways, {table.shots} shots, {type(asked.verbalizer).__name__}, "
+        f"{trained}; rows: {counts}"
+    )
+    return fit_recipe(
+        recipe,
         lambda seeds: Learner(backbone, asked, deltas, seeds),
         lambda seed: (pools.dealt("train", seed), pools.dealt("dev", seed) or None),
         test,
-        seeds=recipe.seeds,
-        training=recipe.training,
-        together=recipe.together,
-        out=recipe.out,
-        resume=resume,
+        resume,
     )
 
 
@@ -155,18 +156,3 @@ def _episodic(recipe: Recipe, table: EpisodesTable) -> Episodic:
     more = {} if own is None else {"verbalizer": registry.from_description("verbalizers", own)}
     template, t = recipe.task.template or "{text}", table
     return Episodic(template, spans=t.spans, max_length=recipe.task.max_length, steps=t.steps, rate=t.rate, **more)
-
-
-def _note(recipe: Recipe, table: EpisodesTable, asked: Episodic, deltas: Sequence[str], pools: Pools) -> None:
-    """What is about to be done."""
-    from deltaprompt.trainer.accelerated import is_main
-
-    if not is_main():
-        return
-    names = " + ".join(deltas) or "no delta: nothing is trained"
-    names += " on every linear map (the default)" if recipe.deltas is None else ""
-    counts = ", ".join(f"{len(vars(pools)[role]):,} {role}" for role in ("train", "dev", "test"))
-    console.note(
-        f"{recipe.backbone.name}: {table.ways} ways, {table.shots} shots, {type(asked.verbalizer).__name__}, {names}; "
-        f"rows: {counts}"
-    )

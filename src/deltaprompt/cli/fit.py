@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from deltaprompt.cli import console, entities, options, results, tagging, writing
+from deltaprompt.cli.seeds import called, deltas_of, fit_recipe
 from deltaprompt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def _run(recipe: Recipe, resume: bool) -> SeedsResult | GridResult:
     from deltaprompt.cli.task import loaded, task_for
     from deltaprompt.model import Model
     from deltaprompt.model.starting import unlabelled_of
-    from deltaprompt.trainer import fit_grid, fit_seeds
+    from deltaprompt.trainer import fit_grid
 
     if recipe.generation is not None:
         return writing.run(recipe, recipe.generation, resume)
@@ -162,7 +163,6 @@ def _run(recipe: Recipe, resume: bool) -> SeedsResult | GridResult:
         unlabelled = unlabelled_of(train)
     backbone = loaded(recipe.backbone, recipe.grid.template or [recipe.task.template])
     deltas = _deltas(recipe, backbone)
-    seeds, together, out = recipe.seeds, recipe.together, recipe.out
     if recipe.grid.axes:
         cells = cells_of(recipe, backbone, train, dev)
         told(recipe, [cell.task for cell in cells], deltas, backbone.kind)
@@ -170,24 +170,16 @@ def _run(recipe: Recipe, resume: bool) -> SeedsResult | GridResult:
             lambda tasks, seeds: _with_masks(recipe, Model(backbone, tasks, deltas, seeds)),
             cells,
             test,
-            seeds=seeds,
-            together=together,
-            out=out,
+            seeds=recipe.seeds,
+            together=recipe.together,
+            out=recipe.out,
             resume=resume,
             unlabelled=unlabelled,
         )
     task, deal = task_for(recipe.task, backbone, names_of(recipe.data, train)), Deal(recipe, train, dev)
     told(recipe, [task], deltas, backbone.kind)
-    return fit_seeds(
-        lambda seeds: _with_masks(recipe, Model(backbone, task, deltas, seeds)),
-        deal,
-        test,
-        seeds=seeds,
-        training=recipe.training,
-        together=together,
-        out=out,
-        resume=resume,
-        unlabelled=unlabelled,
+    return fit_recipe(
+        recipe, lambda seeds: _with_masks(recipe, Model(backbone, task, deltas, seeds)), deal, test, resume, unlabelled
     )
 
 
@@ -200,33 +192,29 @@ def _with_masks(recipe: Recipe, model: Model) -> Model | WithMasks:
 
 def _deltas(recipe: Recipe, backbone: Backbone) -> Sequence[Delta]:
     """Those asked for, or the default; with 0 shots nothing is trained."""
-    from deltaprompt.defaults import deltas_for
-
     if recipe.shots == 0:
         if recipe.deltas:
             raise ConfigError("with 0 shots nothing is trained, and a delta would do nothing; leave the deltas out")
         return ()
-    return deltas_for(backbone) if recipe.deltas is None else recipe.deltas
+    return deltas_of(recipe, backbone)
 
 
 def told(recipe: Recipe, tasks: Sequence[Task], deltas: Sequence[Delta], kind: str) -> None:
     """What is about to be done, and which of it was not asked for but chosen."""
     from deltaprompt.cli.grid import note_grid
-    from deltaprompt.trainer.accelerated import is_main
 
-    if not is_main():
-        return
     templates = list(dict.fromkeys(task.template for task in tasks))
     chosen = not recipe.task.template and not recipe.grid.template
     template = f"template {templates[0]!r}" + (" (the default for that kind)" if chosen else "")
     if len(templates) > 1:
         template = f"{len(templates)} templates"
-    names = " + ".join(type(delta).__name__ for delta in deltas) or "no delta"
-    names += " on every linear map (the default)" if recipe.deltas is None else ""
     verbalizers = " or ".join(dict.fromkeys(type(task.verbalizer).__name__ for task in tasks))
     if recipe.grid.axes:
         note_grid(recipe)
-    console.note(f"{recipe.backbone.name} ({kind}): {template}, {names}, {verbalizers}, {len(tasks[0].names)} labels")
+    console.note(
+        f"{recipe.backbone.name} ({kind}): {template}, {called(recipe, deltas)}, {verbalizers}, "
+        f"{len(tasks[0].names)} labels"
+    )
     if recipe.task.labels is None and recipe.grid.labels is None:
         console.note(
             "labels stand for themselves; a sentence or a word for each (--describe label=…) mostly does better"

@@ -11,6 +11,7 @@ from deltaprompt.errors import ConfigError
 
 
 def noise(
+    context: typer.Context,
     folder: options.Folder,
     file: Annotated[str, typer.Argument(help="Labelled rows, as fit reads them.", metavar="FILE")],
     top: Annotated[int, typer.Option("--top", help="Show so many; with --json all are.", metavar="N")] = 20,
@@ -25,17 +26,15 @@ def noise(
     debug: options.Debug = False,
 ) -> None:
     """Show the rows whose label is likely wrong, the likeliest first, as a saved adaptation sees them."""
-    from deltaprompt.cli.data import rows
+    from deltaprompt.cli.data import labelled_rows
     from deltaprompt.cli.predict import opened
-    from deltaprompt.cli.recipe import DataTable, pairs
     from deltaprompt.model import Model
     from deltaprompt.model.noise import noise_scores
 
     model = opened(folder, backbone, device)
     if not isinstance(model, Model):
         raise ConfigError(f"{folder} gives no labels of texts, whose noise could be told")
-    asked = DataTable(text=text, label=label or "label", fields=pairs(field or [], "--field"), drop_empty=drop_empty)
-    examples = rows(file, asked, model.features.template.fields, "test")
+    examples = labelled_rows(file, context.params, model.features.template.fields)
     scores = noise_scores(model, examples, batch_size)
     order = sorted(range(len(examples)), key=lambda n: -scores[n])
     if as_json:

@@ -78,6 +78,7 @@ def predict(
 
 
 def evaluate(
+    context: typer.Context,
     folder: options.Folder,
     file: Annotated[str, typer.Argument(help="Labelled rows, as fit reads them.", metavar="FILE")],
     support: options.Support = None,
@@ -93,8 +94,8 @@ def evaluate(
     debug: options.Debug = False,
 ) -> None:
     """Measure a saved adaptation: accuracy and macro F1 of labels; F1 of spans; BLEU, chrF, ROUGE and loss of texts."""
-    from deltaprompt.cli.data import rows
-    from deltaprompt.cli.recipe import DataTable, pairs
+    from deltaprompt.cli.data import labelled_rows
+    from deltaprompt.cli.recipe import pairs
     from deltaprompt.model.generator import Generator
     from deltaprompt.model.tagger import Tagger
 
@@ -105,8 +106,7 @@ def evaluate(
     if isinstance(model, Tagger):
         tagging.evaluate(model, folder, file, batch_size, as_json)
         return
-    asked = DataTable(text=text, label=label or "label", fields=pairs(field or [], "--field"), drop_empty=drop_empty)
-    examples = rows(file, asked, model.features.template.fields, "test")
+    examples = labelled_rows(file, context.params, model.features.template.fields)
     told = {**model.evaluate(examples, batch_size), "examples": len(examples)}
     if as_json:
         console.print_json(told)

@@ -51,13 +51,11 @@ def pretrain(
 
 def _run(recipe: PretrainRecipe, resume: bool) -> Pretrained:
     from deltaprompt.pretrain import pretrain
-    from deltaprompt.trainer.accelerated import is_main
 
     backbone = _backbone(recipe)
     p = recipe.pretraining
     trains = " + ".join(type(t.delta).__name__ for t in recipe.deltas) or "all parameters"
-    if is_main():
-        console.note(f"{backbone.name}: {backbone.kind}, {trains}, {p.steps} steps of {p.rows} rows of {p.length}")
+    console.note(f"{backbone.name}: {backbone.kind}, {trains}, {p.steps} steps of {p.rows} rows of {p.length}")
     return pretrain(
         backbone,
         recipe.data,

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from deltaprompt.cli.recipe import Recipe, TaggingTable
-    from deltaprompt.deltas._base import Delta
     from deltaprompt.model.tagger import Tagger
     from deltaprompt.model.tagging import Tagging
     from deltaprompt.trainer import SeedsResult
@@ -48,13 +47,12 @@ def tables(given: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any
 def run(recipe: Recipe, table: TaggingTable, resume: bool) -> SeedsResult:
     """Loads, trains and measures."""
     from deltaprompt.cli.data import training_file
+    from deltaprompt.cli.seeds import called, deltas_of, fit_recipe
     from deltaprompt.cli.task import loaded
     from deltaprompt.data import few_sentences, hold_out
     from deltaprompt.data.samplers import DEV_SHARE
     from deltaprompt.data.tagged import span_labels
-    from deltaprompt.defaults import deltas_for
     from deltaprompt.model.tagger import Tagger
-    from deltaprompt.trainer import fit_seeds
 
     asked = recipe.data
     train: Sequence[Example] = rows(training_file(recipe))
@@ -64,8 +62,13 @@ def run(recipe: Recipe, table: TaggingTable, resume: bool) -> SeedsResult:
     dev = None if asked.dev is None else rows(asked.dev)
     tagging = tagging_of(table, span_labels(train))
     backbone = loaded(dataclasses.replace(recipe.backbone, kind=recipe.backbone.kind or "encoder"))
-    deltas = deltas_for(backbone) if recipe.deltas is None else recipe.deltas
-    _note(recipe, tagging, deltas, len(train))
+    deltas = deltas_of(recipe, backbone)
+    head = type(tagging.task.verbalizer).__name__
+    types = ", ".join(tagging.types[:6]) + (", …" if len(tagging.types) > 6 else "")
+    console.note(
+        f"{recipe.backbone.name}: {len(tagging.types)} types of spans ({types}), "
+        f"{tagging.scheme}, {called(recipe, deltas)}, {head}, {len(train):,} texts"
+    )
     held = dev is None and asked.hold_out
 
     def deal(seed: int) -> tuple[Sequence[Example], Sequence[Example] | None]:
@@ -74,16 +77,7 @@ def run(recipe: Recipe, table: TaggingTable, resume: bool) -> SeedsResult:
             return some, others if held else dev
         return hold_out(train, DEV_SHARE, seed) if held else (train, dev)
 
-    return fit_seeds(
-        lambda seeds: Tagger(backbone, tagging, deltas, seeds),
-        deal,
-        test,
-        seeds=recipe.seeds,
-        training=recipe.training,
-        together=recipe.together,
-        out=recipe.out,
-        resume=resume,
-    )
+    return fit_recipe(recipe, lambda seeds: Tagger(backbone, tagging, deltas, seeds), deal, test, resume)
 
 
 def tagging_of(table: TaggingTable, types: Sequence[str]) -> Tagging:
@@ -98,11 +92,10 @@ def tagging_of(table: TaggingTable, types: Sequence[str]) -> Tagging:
 
 def rows(source: str, labelled: bool = True) -> list[Example]:
     """The rows of a file, or of a dataset on the hub: `hf:name`, `hf:name@split`."""
+    from deltaprompt.cli.data import split_of
     from deltaprompt.data import read_tagged
-    from deltaprompt.data.formats import HUB
 
-    name, at, named = source.partition("@") if source.startswith(HUB) else (source, "", "")
-    return read_tagged(name, named if at else "train" if source.startswith(HUB) else None, labelled=labelled)
+    return read_tagged(*split_of(source), labelled=labelled)
 
 
 def inputs(source: str, text: str | None, fields: Mapping[str, str]) -> Iterator[Example]:
@@ -140,18 +133,3 @@ def evaluate(model: Tagger, folder: Path, file: str, batch_size: int, as_json: b
     shown = [[called, f"{told[name]:.4f}"] for name, called in {**METRICS, **ERRORS}.items()]
     shown.append(["texts", f"{len(examples):,}"])
     console.output().print(console.table(["", str(folder)], shown))
-
-
-def _note(recipe: Recipe, tagging: Tagging, deltas: Sequence[Delta], rows: int) -> None:
-    """What is about to be done, and which of it was not asked for but chosen."""
-    from deltaprompt.trainer.accelerated import is_main
-
-    if not is_main():
-        return
-    names = " + ".join(type(delta).__name__ for delta in deltas) or "no delta"
-    names += " on every linear map (the default)" if recipe.deltas is None else ""
-    head = type(tagging.task.verbalizer).__name__
-    console.note(
-        f"{recipe.backbone.name}: {len(tagging.types)} types of spans ({', '.join(tagging.types[:6])}"
-        f"{', …' if len(tagging.types) > 6 else ''}), {tagging.scheme}, {names}, {head}, {rows:,} texts"
-    )

@@ -37,12 +37,12 @@ def tables(given: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any
 def run(recipe: Recipe, generation: Generation | Chat, resume: bool) -> SeedsResult:
     """Loads, trains and measures."""
     from deltaprompt.cli.data import training_file
+    from deltaprompt.cli.seeds import called, deltas_of, fit_recipe
     from deltaprompt.cli.task import loaded
     from deltaprompt.data import grouped, hold_out, told_apart
     from deltaprompt.data.samplers import DEV_SHARE
-    from deltaprompt.defaults import deltas_for
+    from deltaprompt.model.generation import Generation
     from deltaprompt.model.generator import Generator
-    from deltaprompt.trainer import fit_seeds
 
     asked = recipe.data
     train = _rows(training_file(recipe), asked, generation)
@@ -51,22 +51,14 @@ def run(recipe: Recipe, generation: Generation | Chat, resume: bool) -> SeedsRes
     if test is not None and asked.seen is not None:
         test = told_apart(test, train, asked.seen)
     backbone = loaded(recipe.backbone)
-    deltas = deltas_for(backbone) if recipe.deltas is None else recipe.deltas
-    _note(recipe, generation, [type(delta).__name__ for delta in deltas], len(train))
+    deltas = deltas_of(recipe, backbone)
+    what = f"after {generation.template!r}" if isinstance(generation, Generation) else "in conversations"
+    console.note(f"{recipe.backbone.name}: texts {what}, {called(recipe, deltas)}, {len(train):,} rows")
 
     def deal(seed: int) -> tuple[Sequence[Example], Sequence[Example] | None]:
         return (train, dev) if dev is not None or not asked.hold_out else hold_out(train, DEV_SHARE, seed)
 
-    return fit_seeds(
-        lambda seeds: Generator(backbone, generation, deltas, seeds),
-        deal,
-        test,
-        seeds=recipe.seeds,
-        training=recipe.training,
-        together=recipe.together,
-        out=recipe.out,
-        resume=resume,
-    )
+    return fit_recipe(recipe, lambda seeds: Generator(backbone, generation, deltas, seeds), deal, test, resume)
 
 
 def inputs(model: Generator, source: str, text: str | None, fields: Mapping[str, str]) -> Iterator[Example]:
@@ -120,25 +112,11 @@ def called(test: Mapping[str, object]) -> dict[str, str]:
 
 def _rows(source: str, asked: DataTable, generation: Generation | Chat) -> list[Example]:
     """The rows of a file, or of a dataset on the hub."""
+    from deltaprompt.cli.data import split_of
     from deltaprompt.data import read_chats, read_pairs
-    from deltaprompt.data.formats import HUB
     from deltaprompt.model.generation import Chat
 
-    name, at, named = source.partition("@") if source.startswith(HUB) else (source, "", "")
-    split = named if at else "train" if source.startswith(HUB) else None
     if isinstance(generation, Chat):
-        return read_chats(name, split)
+        return read_chats(*split_of(source))
+    name, split = split_of(source)
     return read_pairs(name, asked.target, asked.fields, split)
-
-
-def _note(recipe: Recipe, generation: Generation | Chat, deltas: Sequence[str], rows: int) -> None:
-    """What is about to be done, and which of it was not asked for but chosen."""
-    from deltaprompt.model.generation import Generation
-    from deltaprompt.trainer.accelerated import is_main
-
-    if not is_main():
-        return
-    what = f"after {generation.template!r}" if isinstance(generation, Generation) else "in conversations"
-    names = " + ".join(deltas) or "no delta"
-    names += " on every linear map (the default)" if recipe.deltas is None else ""
-    console.note(f"{recipe.backbone.name}: texts {what}, {names}, {rows:,} rows")
