@@ -496,8 +496,11 @@ def test_estimators_vote(encoder):
 def test_probabilities_are_right_for_scikit_learns_losses(quick):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # of probabilities that do not sum to one
-        cross_val_score(quick, X, Y, cv=2, scoring="neg_log_loss", error_score="raise")
-        cross_val_score(quick, X, Y, cv=2, scoring="roc_auc", error_score="raise")
+        loss = cross_val_score(quick, X, Y, cv=2, scoring="neg_log_loss", error_score="raise")
+        area = cross_val_score(quick, X, Y, cv=2, scoring="roc_auc", error_score="raise")
+    assert np.isfinite(loss).all()
+    assert (loss < 0).all()
+    assert ((area >= 0) & (area <= 1)).all()
 
 
 # Spans

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.base import ClassifierMixin
 from sklearn.utils.validation import check_is_fitted
 
 from deltaprompt.calibrations._base import Calibration
 from deltaprompt.data import split
 from deltaprompt.defaults import TEMPLATES, kind_for, task_for
 from deltaprompt.estimators import _adaptation as shared
+from deltaprompt.estimators._base import FewShot
 from deltaprompt.estimators._input import ParameterError, conventional, labels_in, names_of, rows_in, told, words_for
 from deltaprompt.model import Model, Task
 from deltaprompt.templates import parse
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from deltaprompt.deltas._base import Delta
 
 
-class FewShotClassifier(ClassifierMixin, BaseEstimator):
+class FewShotClassifier(ClassifierMixin, FewShot):
     """A pretrained text model with deltas and a verbalizer that learns classes from a few examples of each.
 
     What is None is chosen as `deltaprompt fit` chooses it. Estimators of one process share one backbone of a name,
@@ -75,20 +76,22 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         device: shared.Device = None,
         random_state: int | np.random.RandomState | None = 0,
     ) -> None:
-        self.backbone = backbone
+        super().__init__(
+            backbone,
+            verbalizer=verbalizer,
+            deltas=deltas,
+            max_length=max_length,
+            epochs=epochs,
+            steps=steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            dev_share=dev_share,
+            device=device,
+            random_state=random_state,
+        )
         self.template = template
         self.label_words = label_words
-        self.verbalizer = verbalizer
-        self.deltas = deltas
         self.calibration = calibration
-        self.max_length = max_length
-        self.epochs = epochs
-        self.steps = steps
-        self.batch_size = batch_size
-        self.learning_rate = learning_rate
-        self.dev_share = dev_share
-        self.device = device
-        self.random_state = random_state
 
     def fit(self, X: Collection[Any], y: Collection[Any]) -> Self:
         """Learns from texts, or mappings of fields to texts, and their labels: texts, whole numbers or booleans.
@@ -99,17 +102,12 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             TrainingError: the loss became no number, or memory ran out.
         """
         with conventional(), shared.alone():
-            training = shared.training_of(self.epochs, self.steps, self.batch_size, self.learning_rate)
-            seed = shared.seed_of(self.random_state)
             rows = rows_in(X, self._fields())
             classes, numbers = labels_in(y, len(rows))
             names = names_of(classes)
             examples = [Example(row, names[n]) for row, n in zip(rows, numbers, strict=True)]
-            share = shared.share_of(self.dev_share)
-            sets: shared.Sets = (examples, None) if share is None else split(examples, share, seed)
-            place = shared.place_of(self.backbone, kind_for(str(self.backbone), None, [self.template]), self.device)
-            task, deltas = self._task(place.backbone, classes), shared.deltas_of(self.deltas, place.backbone)
-            self.adaptation_ = place.learn(lambda backbone: Model(backbone, task, deltas, [seed]), sets, training, seed)
+            kind = kind_for(str(self.backbone), None, [self.template])
+            self._learn(examples, kind, Model, lambda backbone: self._task(backbone, classes), split)
             self.classes_ = classes
         return self
 
@@ -129,8 +127,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         record = self.adaptation_.record
         with conventional(), shared.alone():
             rows = rows_in(X, parse(record["template"]).fields)
-            place = shared.place_of(self.backbone, record["backbone"]["kind"], self.device)
-            model = cast(Model, place.hold(self.adaptation_, f"this {type(self).__name__}"))
+            model = cast(Model, self._learned(record["backbone"]["kind"]))
             return model.probabilities([Example(row) for row in rows]).numpy()
 
     def __sklearn_tags__(self) -> Any:

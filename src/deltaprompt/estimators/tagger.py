@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
-from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
 from deltaprompt.data import hold_out, in_words, span_labels
 from deltaprompt.data.tags import tags_of
 from deltaprompt.estimators import _adaptation as shared
+from deltaprompt.estimators._base import FewShot
 from deltaprompt.estimators._input import InputError, ParameterError, conventional, told
 from deltaprompt.estimators._sentences import answered, unanswered
 from deltaprompt.model import span_metrics
@@ -29,7 +29,7 @@ Spans = list[Span]  # of a text: (start, end, label), in characters
 Tags = list[str]  # of words
 
 
-class FewShotTagger(BaseEstimator):
+class FewShotTagger(FewShot):
     """A pretrained encoder with deltas and a head that learns to find labelled spans: named entities, slots.
 
     What is given decides what comes back: for texts lists of spans `(start, end, label)`, in characters; for lists of
@@ -77,19 +77,21 @@ class FewShotTagger(BaseEstimator):
         device: shared.Device = None,
         random_state: int | np.random.RandomState | None = 0,
     ) -> None:
-        self.backbone = backbone
+        super().__init__(
+            backbone,
+            verbalizer=verbalizer,
+            deltas=deltas,
+            max_length=max_length,
+            epochs=epochs,
+            steps=steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            dev_share=dev_share,
+            device=device,
+            random_state=random_state,
+        )
         self.types = types
         self.scheme = scheme
-        self.verbalizer = verbalizer
-        self.deltas = deltas
-        self.max_length = max_length
-        self.epochs = epochs
-        self.steps = steps
-        self.batch_size = batch_size
-        self.learning_rate = learning_rate
-        self.dev_share = dev_share
-        self.device = device
-        self.random_state = random_state
 
     def fit(self, X: Collection[Any], y: Collection[Any]) -> Self:
         """Learns from texts and lists of their spans, or from lists of words and lists of their tags.
@@ -100,15 +102,9 @@ class FewShotTagger(BaseEstimator):
             TrainingError: the loss became no number, or memory ran out.
         """
         with conventional(), shared.alone():
-            training = shared.training_of(self.epochs, self.steps, self.batch_size, self.learning_rate)
-            seed = shared.seed_of(self.random_state)
             examples, form = answered(X, y)
             tagging = self._tagging(span_labels(examples))
-            share = shared.share_of(self.dev_share)
-            sets: shared.Sets = (examples, None) if share is None else hold_out(examples, share, seed)
-            place = shared.place_of(self.backbone, "encoder", self.device)
-            deltas = shared.deltas_of(self.deltas, place.backbone)
-            self.adaptation_ = place.learn(lambda own: Tagger(own, tagging, deltas, [seed]), sets, training, seed)
+            self._learn(examples, "encoder", Tagger, lambda _: tagging, hold_out)
             self.types_, self._form = tagging.types, form
         return self
 
@@ -143,8 +139,7 @@ class FewShotTagger(BaseEstimator):
     def _found(self, examples: Sequence[Example]) -> list[Example]:
         """Examples with the spans that are found in them."""
         with shared.alone():
-            place = shared.place_of(self.backbone, "encoder", self.device)
-            tagger = cast(Tagger, place.hold(self.adaptation_, f"this {type(self).__name__}"))
+            tagger = cast(Tagger, self._learned("encoder"))
             entities = [one["entities"] for one in tagger.predict(examples)]
         return [
             replace(example, spans=tuple(Span(e["start"], e["end"], e["label"]) for e in own))
