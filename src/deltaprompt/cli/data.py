@@ -12,7 +12,7 @@ from deltaprompt.data import few_shot, labels_of, read, read_relations, split
 from deltaprompt.data.formats import HUB
 from deltaprompt.data.samplers import DEV_SHARE
 from deltaprompt.defaults import TEMPLATES
-from deltaprompt.errors import ConfigError
+from deltaprompt.errors import ConfigError, DataError, nearest
 from deltaprompt.templates import parse
 from deltaprompt.types import Example
 
@@ -111,7 +111,24 @@ def fields_of(recipe: Recipe) -> frozenset[str]:
 
 def names_of(asked: DataTable, train: Sequence[Example]) -> tuple[str, ...]:
     """The labels: those of a file that has all, else the data's."""
-    return labels_of(train) if asked.types is None else entities.types_in(asked.types)
+    names = labels_of(train) if asked.types is None else entities.types_in(asked.types)
+    if len(names) == 1:
+        raise DataError(
+            f"all {len(train):,} rows of {asked.train} have the label {names[0]!r}; give rows of two or more"
+        )
+    return names
+
+
+def check_labels(rows: Sequence[Example] | None, names: Sequence[str], source: str | None) -> None:
+    """Raises where a row has a label that the task has not."""
+    known = frozenset(names)
+    for number, row in enumerate(rows or (), 1):
+        for label in row.gold:
+            if label not in known:
+                raise DataError(
+                    f"{source}, row {number}: no training row has the label {label!r:.60}{nearest(label, names)}; give "
+                    "training rows of it, or remove the row"
+                )
 
 
 def training_file(recipe: Recipe) -> str:

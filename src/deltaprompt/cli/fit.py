@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from deltaprompt.model import Model, Task
     from deltaprompt.model.with_masks import WithMasks
     from deltaprompt.trainer import GridResult, SeedsResult
+    from deltaprompt.types import Example
 
 
 def fit(
@@ -165,6 +166,7 @@ def _run(recipe: Recipe, resume: bool) -> SeedsResult | GridResult:
     deltas = _deltas(recipe, backbone)
     if recipe.grid.axes:
         cells = cells_of(recipe, backbone, train, dev)
+        _check(recipe, cells[0].task.names, test, dev)
         told(recipe, [cell.task for cell in cells], deltas, backbone.kind)
         return fit_grid(
             lambda tasks, seeds: _with_masks(recipe, Model(backbone, tasks, deltas, seeds)),
@@ -177,10 +179,19 @@ def _run(recipe: Recipe, resume: bool) -> SeedsResult | GridResult:
             unlabelled=unlabelled,
         )
     task, deal = task_for(recipe.task, backbone, names_of(recipe.data, train)), Deal(recipe, train, dev)
+    _check(recipe, task.names, test, dev)
     told(recipe, [task], deltas, backbone.kind)
     return fit_recipe(
         recipe, lambda seeds: _with_masks(recipe, Model(backbone, task, deltas, seeds)), deal, test, resume, unlabelled
     )
+
+
+def _check(recipe: Recipe, names: Sequence[str], test: Sequence[Example] | None, dev: Sequence[Example] | None) -> None:
+    """Raises where rows to measure on or to choose by have a label that the task has not."""
+    from deltaprompt.cli.data import check_labels
+
+    check_labels(test, names, recipe.data.test or recipe.data.train)
+    check_labels(dev, names, recipe.data.dev)
 
 
 def _with_masks(recipe: Recipe, model: Model) -> Model | WithMasks:

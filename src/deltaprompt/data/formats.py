@@ -125,6 +125,9 @@ def _csv_rows(path: Path, delimiter: str) -> Rows:
     for at, record in _records(path, delimiter):
         if not header:
             header = record
+            if len(header) == 1 and (other := next((d for d in ",;\t|" if d in header[0]), None)):
+                got = f"columns of {path.name} are divided by {delimiter!r}, its header {header[0]!r:.80} by {other!r}"
+                raise DataError(f"{at}: {got}; save it with {delimiter!r}")
             if len({*header}) < len(header):
                 raise DataError(f"{at}: a column name stands twice in {header!r:.80}; give each column its own name")
             continue

@@ -50,6 +50,33 @@ class _Asked:
         return {**({} if text is None else {"text": text}), **self.fields}
 
 
+class _Alike:
+    """That the labels of a file are written alike: all texts or all numbers, and no two differ in blanks alone."""
+
+    def __init__(self) -> None:
+        self.kinds: dict[str, str] = {}  # and where each was first seen
+        self.written: dict[str, str] = {}  # by the label without the blanks around it
+
+    def check(self, row: Row, column: str, labels: Iterable[str]) -> None:
+        """Raises where a row's labels are unlike those before."""
+        value = row.values[column]
+        for one in value if isinstance(value, list) else [value]:
+            self.kinds.setdefault(_kind(one), row.at)
+        if len(self.kinds) > 1:
+            (before, at), (now, _) = self.kinds.items()
+            raise DataError(
+                f"{row.at}: the label {value!r:.60} is {now}, and that of {at} {before}; write all as texts"
+            )
+        for label in labels:
+            known = self.written.setdefault(label.strip(), label)
+            if known != label:
+                raise DataError(f"{row.at}: the label {label!r:.60} is {known!r:.60} but for blanks; write both alike")
+
+
+def _kind(label: object) -> str:
+    return "a text" if isinstance(label, str) else "true or false" if isinstance(label, bool) else "a number"
+
+
 def read(
     path_or_name: str | os.PathLike[str],
     text: str | None = "text",
@@ -103,7 +130,7 @@ def _examples(
     source: str, rows: Rows, asked: _Asked, on_empty: Callable[[str], None] | None = None
 ) -> Iterator[Example]:
     """One example a row; no row at all is an error."""
-    empty = True
+    empty, alike = True, _Alike()
     for row in rows:
         try:
             example = _example(row, asked)
@@ -113,6 +140,8 @@ def _examples(
             on_empty(str(missing))
             continue
         empty = False
+        if example.gold and asked.label is not None:
+            alike.check(row, asked.label, example.gold)
         yield example
     if empty:
         raise DataError(f"{source}: there are no rows; at least one is needed")
