@@ -32,6 +32,7 @@ from deltaprompt.verbalizers.proto_verb import ProtoVerb
 
 ROOT = Path("../shared/data")
 LISTS = ROOT / "verbalizers_templates/TextClassification"
+PROBE = "frozen probe"
 SHOTS, SEEDS = (0, 1, 4, 16), (0, 1, 2, 3, 4)
 EVERYWHERE = ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.up", "ffn.down")
 HEADS = dp.Training(epochs=30, verbalizer_learning_rate=1e-2)  # of what trains on frozen states alone (DecT, ProtoVerb)
@@ -223,8 +224,8 @@ def cells(
             for method in (m for m in METHODS if k or m.zero):
                 if f"{data.name}/{method.name}/{k}" not in done:
                     yield told(data, method.name, k, limit, backbone, accuracies(backbone, data, method, k, test))
-            if k and f"{data.name}/frozen probe/{k}" not in done:
-                yield told(data, "frozen probe", k, limit, encoder, probed(encoder, data, k, test))
+            if k and f"{data.name}/{PROBE}/{k}" not in done:
+                yield told(data, PROBE, k, limit, encoder, probed(encoder, data, k, test))
 
 
 def told(
@@ -249,20 +250,34 @@ def known(path: Path, limit: int, backbones: Sequence[Backbone]) -> dict[str, di
 
 
 def table(found: Mapping[str, Mapping[str, object]], names: Sequence[str], shots: Sequence[int]) -> str:
-    """Markdown: a row a method, a column a data set and number of shots."""
-    heads = [f"{name} {k}" for name in names for k in shots]
-    lines = ["| | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
-    for method in (*(m.name for m in METHODS), "frozen probe"):
-        row = [shown(found.get(f"{name}/{method}/{k}")) for name in names for k in shots]
-        lines.append(f"| {method} | " + " | ".join(row) + " |")
+    """Markdown: a row a number of shots and method, a column a data set and one of their mean; the best is bold."""
+    lines = ["| shots | | " + " | ".join(names) + " | mean |", "| --- |" + " --- |" * (len(names) + 2)]
+    for k in shots:
+        rows = {
+            m: [each_of(found.get(f"{name}/{m}/{k}")) for name in names] for m in (*(m.name for m in METHODS), PROBE)
+        }
+        rows = {m: cells for m, cells in rows.items() if any(cells)}
+        columns = [
+            [statistics.fmean(cells[n]) if cells[n] else 0.0 for cells in rows.values()] for n in range(len(names))
+        ]
+        means = [statistics.fmean(each) if all(each) else 0.0 for each in zip(*columns, strict=True)]
+        columns.append(means)
+        for n, (method, cells) in enumerate(rows.items()):
+            texts = [shown(cell) for cell in cells] + [f"{means[n]:.3f}" if means[n] else "–"]
+            bold = [f"**{t}**" if column[n] == max(column) else t for t, column in zip(texts, columns, strict=True)]
+            lines.append(f"| {k} | {method} | " + " | ".join(bold) + " |")
     return "\n".join(lines)
 
 
-def shown(cell: Mapping[str, object] | None) -> str:
+def each_of(cell: Mapping[str, object] | None) -> list[float]:
+    """The accuracy of every seed; none where it was not measured."""
+    return [] if cell is None else [float(value) for value in cell["each"]]  # type: ignore[attr-defined]
+
+
+def shown(each: Sequence[float]) -> str:
     """Mean ± standard deviation."""
-    if cell is None:
+    if not each:
         return "–"
-    each = [float(value) for value in cell["each"]]  # type: ignore[attr-defined]
     return f"{statistics.fmean(each):.3f}" + (f" ± {statistics.stdev(each):.3f}" if len(each) > 1 else "")
 
 
@@ -282,7 +297,7 @@ def main() -> None:
         with asked.out.open("a") as file:
             file.write("\n" * bool(file.tell()) + json.dumps(cell))  # a line that was cut off stays one by itself
         found[str(cell["key"])] = cell
-        print(cell["key"], shown(cell), flush=True)
+        print(cell["key"], shown(each_of(cell)), flush=True)
     print(table(found, names, shots))
 
 

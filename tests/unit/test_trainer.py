@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -189,6 +190,23 @@ def test_every_row_once_an_epoch_in_another_order_each() -> None:
         assert flat[0] != flat[1]
         assert max(len(batch) for batches in epochs[0] for batch in batches) == 4
         assert epochs[0] == [order.batches(step) for step in range(order.epoch)]  # back again
+
+
+def test_rows_of_a_class_stand_together_and_each_comes_once_an_epoch() -> None:
+    classes = [row % 50 for row in range(230)]
+    order = Order([1] * 230, 16, 1, 3, classes, per_class=4)
+    epochs = [[order.batches(step)[0] for step in range(n * order.epoch, (n + 1) * order.epoch)] for n in (0, 1)]
+    assert all(sorted(row for batch in epoch for row in batch) == list(range(230)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    in_groups = [Counter(classes[row] for row in batch) for batch in epochs[0][:-1]]
+    alone = [Counter(classes[row] for row in Order([1] * 230, 16, 1, 3).batches(step)[0]) for step in range(14)]
+    pairs = [sum(n * (n - 1) // 2 for found in drawn for n in found.values()) for drawn in (in_groups, alone)]
+    assert pairs[0] > 3 * pairs[1]
+
+
+def test_rows_without_a_class_cannot_stand_by_it() -> None:
+    with pytest.raises(ConfigError, match="per_class = 2: rows of one class stand together where each has one"):
+        Order([1, 1], 2, 1, 0, [0, None], per_class=2)
 
 
 # How long, and at what rate

@@ -49,7 +49,8 @@ class Course:
         self.rows = encode(plan.train, slot)
         self.dev = encode(plan.dev, slot) if plan.dev else []
         t = plan.training
-        self.order = Order([row.length for row in self.rows], t.batch_size, t.accumulate, plan.seed)
+        lengths, classes = [row.length for row in self.rows], [row.label for row in self.rows]
+        self.order = Order(lengths, t.batch_size, t.accumulate, plan.seed, classes, t.per_class)
         self.total = t.total(self.order.epoch)
         self.loss = torch.zeros(())
         self.bytes = 0

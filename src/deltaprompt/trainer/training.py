@@ -25,6 +25,8 @@ class Training:
         steps: optimizer steps, instead of epochs.
         batch_size: rows in one pass through the backbone.
         accumulate: batches to one optimizer step; 2 × 8 rows are the same step as 1 × 16.
+        per_class: so many rows of one class stand together, so that a batch has pairs even among many classes, as
+            losses that contrast rows need; where not given rows are drawn one by one.
         learning_rate: of the deltas, at its highest.
         verbalizer_learning_rate: of the verbalizer's tensors.
         weight_decay: of the deltas; the verbalizer's tensors have none.
@@ -45,6 +47,7 @@ class Training:
     steps: int | None = None
     batch_size: int = 16
     accumulate: int = 1
+    per_class: int | None = None
     learning_rate: float = 5e-4
     verbalizer_learning_rate: float = 1e-3
     weight_decay: float = 0.01
@@ -91,6 +94,7 @@ POSSIBLE: Possible = {
     **SHARED,
     "epochs": (count_or_none, "a whole number, 1 or more, or left out"),
     "steps": (count_or_none, "a whole number, 1 or more, or left out"),
+    "per_class": (count_or_none, "a whole number of rows, 1 or more, or left out"),
     "verbalizer_learning_rate": (rate, RATE),
     "warmup": (lambda v: number(v) and 0 <= v <= 1, "a fraction of the steps, 0 to 1"),
     "patience": (count_or_none, "a whole number of evaluations, 1 or more, or none"),

@@ -1,0 +1,164 @@
+"""What others do with the same examples, for `deltaprompt compare`: functions that its methods of kind "call" name.
+
+All begin from the demo's sentence encoder, take its mean over tokens, and see nothing but the support. `pip install
+setfit peft` first. An encoder of another name or folder is the option `encoder`.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaprompt import Example
+from deltaprompt.backbone.demo import demo_folder
+
+Found = tuple[list[str], dict[str, float]]  # the labels of the test rows, and what that took
+PARTS = {"bert": ["query", "key", "value", "dense"]}  # every linear map of a layer, as peft selects them
+
+
+def setfit(
+    train: Sequence[Example],
+    dev: Sequence[Example] | None,
+    test: Sequence[Example],
+    labels: tuple[str, ...],
+    seed: int,
+    options: Mapping[str, Any],
+) -> Found:
+    """SetFit as its package has it: contrastive steps on pairs, then a logistic regression.
+
+    Options are those of its `TrainingArguments`: `max_steps` bounds what grows with the square of the examples.
+    """
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformer
+    from setfit import SetFitModel, Trainer, TrainingArguments
+    from transformers import set_seed
+
+    own = dict(options)
+    length, encoder = own.pop("max_length", None), _encoder(own)
+    set_seed(seed)
+    body = SentenceTransformer(encoder, device="cpu")
+    if length is not None:
+        body.max_seq_length = length
+    model = SetFitModel(model_body=body, model_head=_regression(), labels=list(labels))
+    rows = Dataset.from_dict({"text": _texts(train), "label": [labels.index(str(e.label)) for e in train]})
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder, seed=seed, save_strategy="no", logging_strategy="no", show_progress_bar=False, **own
+        )
+        begun = _cpu_seconds()
+        Trainer(model=model, args=arguments, train_dataset=rows).train()
+        seconds = _cpu_seconds() - begun
+    found = [str(label) for label in model.predict(_texts(test), show_progress_bar=False)]
+    trained = sum(p.numel() for p in body.parameters())
+    return found, {"cpu_seconds": seconds, "trainable": trained, "bytes": 4 * trained}
+
+
+def lora_head(
+    train: Sequence[Example],
+    dev: Sequence[Example] | None,
+    test: Sequence[Example],
+    labels: tuple[str, ...],
+    seed: int,
+    options: Mapping[str, Any],
+) -> Found:
+    """peft's LoRA on every linear map, and a linear head from nothing."""
+    import peft
+
+    own = dict(options)
+    rank = own.pop("rank", 8)
+
+    def adapted(encoder: nn.Module) -> nn.Module:
+        asked = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=PARTS[encoder.config.model_type])
+        return peft.get_peft_model(encoder, asked)
+
+    return _classified(adapted, train, test, labels, seed, {"learning_rate": 1e-3, "head_rate": 1e-2, **own})
+
+
+def full(
+    train: Sequence[Example],
+    dev: Sequence[Example] | None,
+    test: Sequence[Example],
+    labels: tuple[str, ...],
+    seed: int,
+    options: Mapping[str, Any],
+) -> Found:
+    """All weights, and a linear head from nothing."""
+    return _classified(
+        lambda encoder: encoder, train, test, labels, seed, {"learning_rate": 5e-5, "head_rate": 1e-2, **options}
+    )
+
+
+def _classified(
+    adapted: Any,
+    train: Sequence[Example],
+    test: Sequence[Example],
+    labels: tuple[str, ...],
+    seed: int,
+    options: Mapping[str, Any],
+) -> Found:
+    """Trains an encoder and a head by cross-entropy, the rate falling linearly behind a tenth of warm-up.
+
+    Options: `epochs`, `least_steps` where epochs are fewer, `batch_size`, `learning_rate`, `head_rate`, `max_length`.
+    """
+    from transformers import AutoModel, AutoTokenizer, get_linear_schedule_with_warmup, set_seed
+
+    own = {"epochs": 20, "least_steps": 60, "batch_size": 16, "max_length": 256, "weight_decay": 0.01, **options}
+    folder = _encoder(own)
+    set_seed(seed)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    encoder = adapted(AutoModel.from_pretrained(folder))
+    head = nn.Linear(encoder.config.hidden_size, len(labels))
+    trained = [p for p in encoder.parameters() if p.requires_grad]
+    gold = torch.tensor([labels.index(str(e.label)) for e in train])
+
+    def logits(texts: list[str]) -> Tensor:
+        batch = tokenizer(texts, padding=True, truncation=True, max_length=own["max_length"], return_tensors="pt")
+        states, there = encoder(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(2).float()
+        return head((states * there).sum(1) / there.sum(1))
+
+    begun, size = _cpu_seconds(), own["batch_size"]
+    rates = ((trained, own["learning_rate"]), (list(head.parameters()), own["head_rate"]))
+    optimizer = torch.optim.AdamW([{"params": p, "lr": r} for p, r in rates], weight_decay=own["weight_decay"])
+    steps = max(own["least_steps"], own["epochs"] * -(-len(train) // size))
+    schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
+    encoder.train()
+    left: list[int] = []
+    for _ in range(steps):
+        left = left or torch.randperm(len(train)).tolist()
+        now, left = left[:size], left[size:]
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(logits(_texts([train[i] for i in now])), gold[now]).backward()
+        nn.utils.clip_grad_norm_([*trained, *head.parameters()], 1.0)
+        optimizer.step()
+        schedule.step()
+    seconds = _cpu_seconds() - begun
+    encoder.eval()
+    found: list[str] = []
+    with torch.inference_mode():
+        for start in range(0, len(test), 64):
+            found += [labels[n] for n in logits(_texts(test[start : start + 64])).argmax(1).tolist()]
+    count = sum(p.numel() for p in [*trained, *head.parameters()])
+    return found, {"cpu_seconds": seconds, "trainable": count, "bytes": 4 * count}
+
+
+def _regression() -> Any:
+    from sklearn.linear_model import LogisticRegression
+
+    return LogisticRegression()  # as SetFit makes its own
+
+
+def _encoder(options: dict[str, Any]) -> str:
+    return str(options.pop("encoder", None) or demo_folder())
+
+
+def _texts(rows: Sequence[Example]) -> list[str]:
+    return [row.fields["text"] for row in rows]
+
+
+def _cpu_seconds() -> float:
+    return sum(os.times()[:4])
