@@ -133,11 +133,10 @@ def _run(recipe: Recipe, table: EpisodesTable, resume: bool) -> SeedsResult:
     backbone = loaded(dataclasses.replace(recipe.backbone, kind=kind), [asked.template])
     deltas = deltas_of(recipe, backbone)
     test = pools.dealt("test", 0)
-    trained = called(recipe, deltas) if deltas else "no delta: nothing is trained"
     counts = ", ".join(f"{len(vars(pools)[role]):,} {role}" for role in ("train", "dev", "test"))
     console.note(
         f"{recipe.backbone.name}: {table.ways} ways, {table.shots} shots, {type(asked.verbalizer).__name__}, "
-        f"{trained}; rows: {counts}"
+        f"{called(recipe, deltas)}; rows: {counts}"
     )
     return fit_recipe(
         recipe,

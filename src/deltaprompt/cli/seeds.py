@@ -23,8 +23,8 @@ def deltas_of(recipe: Recipe, backbone: Backbone) -> Sequence[Delta]:
 
 def called(recipe: Recipe, deltas: Sequence[Delta]) -> str:
     """The deltas by name, and whether they were not asked for but chosen."""
-    names = " + ".join(type(delta).__name__ for delta in deltas) or "no delta"
-    return names + (" on every linear map (the default)" if recipe.deltas is None else "")
+    names = " + ".join(type(delta).__name__ for delta in deltas)
+    return names + (" on every linear map (the default)" if recipe.deltas is None else "") if names else "no delta"
 
 
 def fit_recipe(
