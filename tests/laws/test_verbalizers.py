@@ -316,7 +316,8 @@ def test_the_start_of_a_prototype_is_rotation_equivariant():
 def test_prototypes_start_as_normalised_class_means_with_what_the_label_says(weight):
     given = Prototypes() if weight is None else Prototypes(descriptions=SENTENCES, description_weight=weight)
     model = adapt(shared("bert-encoder"), Task("{text} It was so", LABELS, given))
-    model.start(EXAMPLES)
+    support = EXAMPLES[:-1]  # unequally many of a class
+    model.start(support)
     tokenizer, plain = model.backbone.tokenizer, model.backbone.model
 
     @torch.no_grad()
@@ -324,9 +325,10 @@ def test_prototypes_start_as_normalised_class_means_with_what_the_label_says(wei
         states = [plain(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0) for text in texts]
         return normalize(torch.stack(states), dim=-1)
 
-    each = embedded([f"{e.fields['text']} It was so" for e in EXAMPLES])
+    each = embedded([f"{e.fields['text']} It was so" for e in support])
     want = torch.stack([each[i::3].mean(0) for i in range(3)])
-    want = normalize(want, dim=-1) + (weight or 0.0) * embedded(SENTENCES.values())
+    count = torch.tensor([[len(each[i::3])] for i in range(3)])
+    want = normalize(want, dim=-1) + (weight or 0.0) / count.sqrt() * embedded(SENTENCES.values())
     assert_close(model.scorer.tensors["z"][0].detach(), want, **CLOSE)
 
 

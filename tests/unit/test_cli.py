@@ -254,7 +254,7 @@ def test_a_recipe_and_options_that_override_it(reviews, tiny, tmp_path):
         "kind": "prototypes",
         "scale": 5.0,
         "descriptions": {"bad": "It is bad.", "good": "It is good."},
-        "description_weight": 1.0,
+        "description_weight": 4.0,
     }
 
 
