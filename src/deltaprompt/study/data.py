@@ -37,8 +37,8 @@ class DataSet:
         unlabelled: texts, for what needs no labels.
         labels: all there are; those of the training rows where not given.
         hold_out: whether training rows may be drawn to choose by.
-        outside: texts that belong to none of the labels, from which methods tell the test rows; what labels these have
-            is not read.
+        outside: texts that belong to none of the labels, from which methods tell the test rows; labels that they have
+            are taken off.
     """
 
     name: str
@@ -55,6 +55,7 @@ class DataSet:
             raise DataError(f"{self.name}: there are no test rows; a comparison needs some")
         if not self.labels:
             object.__setattr__(self, "labels", labels_of(self.train))
+        object.__setattr__(self, "outside", tuple(unlabelled_of(self.outside)))
         for role, rows in (("training", self.train), ("test", self.test), ("dev", self.dev or ())):
             self._check(role, rows)
 
@@ -73,7 +74,7 @@ class DataSet:
     def digest(self) -> str:
         """12 hex digits of all rows, labels and what is drawn from."""
         parts = [told(rows) for rows in (self.train, self.test, self.dev or (), self.unlabelled)]
-        others = [f"outside: {told(unlabelled_of(self.outside))}"] if self.outside else []
+        others = [f"outside: {told(self.outside)}"] if self.outside else []
         return digest_of([*parts, *self.labels, str(self.hold_out), *others])
 
     @cached_property
