@@ -19,7 +19,6 @@ from torch.testing import assert_close
 
 import deltaprompt as dp
 from deltaprompt.cli.compare_recipe import build
-from deltaprompt.data.tagged import of_words
 from deltaprompt.errors import ConfigError, TrainingError
 from deltaprompt.model.class_scores import class_scores
 from deltaprompt.model.label_metrics import auroc
@@ -40,7 +39,7 @@ from deltaprompt.study import (
 from deltaprompt.study.cells import FILE
 from deltaprompt.study.data import Shots
 from deltaprompt.study.probe import embedded, regression
-from deltaprompt.types import Example, Span
+from deltaprompt.types import Example
 from tests import backbones_zoo as zoo
 from tests import files
 from tests.command import fails, last_json, succeeds
@@ -317,8 +316,6 @@ def test_what_learned_from_episodes_tells_them_apart_once_it_has_seen_a_support(
     asked = ("evaluate", tmp_path / "learner", data, "--outside", others, "--json")
     assert 0 <= last_json(succeeds(*asked, "--support", data))["auroc"] <= 1
     assert "give --support" in fails(*asked)
-    spans = [of_words(["the", "film"], [Span(0, 2, "x")])]
-    assert spans  # spans are refused as those of a tagger are
     backbone = dp.load(str(tiny), kind="encoder", device="cpu")
     dp.Learner(backbone, dp.Episodic(spans=True), [dp.LoRA(rank=2)]).save(tmp_path / "spans")
     words = files.written(tmp_path / "a.conll", "the O\ncat B-animal\n\na O\nfilm B-film\n")
