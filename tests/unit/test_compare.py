@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch.testing import assert_close
 
 import deltaprompt as dp
 from deltaprompt.cli import compare as command
@@ -57,6 +58,7 @@ ROWS = [
 ]
 TRAIN, TEST = ROWS[:10], ROWS[10:]
 DATA = DataSet("films", TRAIN, TEST)
+OTHERS = [Example({"text": text}, "neither") for text in ("the cat sat on the mat", "a", "the dog was there")]
 SHORT = dp.Training(steps=2)
 KEY = Key("m", "x", 1, 0, "", "", "", 40)
 
@@ -431,12 +433,18 @@ def test_a_frozen_backbone_runs_once_for_all_seeds_with_the_same_answers(masked:
             model.demonstrate(TRAIN[slot * 4 : slot * 4 + 4], slot, slot)
     passes: list[int] = []
     handle = masked.base.register_forward_hook(lambda *_: passes.append(1))
-    found = answers(model, [0, 1], TEST)
+    found = answers(model, [0, 1], DATA)
+    assert len(passes) == (2 if demos else 1)  # all rows fit in one batch
+    outside = answers(model, [0, 1], replace(DATA, outside=OTHERS))
     handle.remove()
-    assert len(passes) == (2 if demos else 1)
+    assert len(passes) == 3 * (2 if demos else 1)
     for slot in (0, 1):
-        assert found[slot] == [told["label"] for told in model.predict(TEST, slot=slot)]
-    assert answers(model, [], TEST) == {}
+        classes, inside, _ = found[slot]
+        assert classes.tolist() == DATA.classes([told["label"] for told in model.predict(TEST, slot=slot)]).tolist()
+        assert_close(inside, model.max_logit(TEST, slot=slot), rtol=0, atol=1e-6)
+        assert_close(outside[slot][1], inside, rtol=0, atol=0)
+        assert_close(outside[slot][2], model.max_logit(OTHERS, slot=slot), rtol=0, atol=1e-6)
+    assert answers(model, [], DATA) == {}
     model.adapted.remove()
 
 

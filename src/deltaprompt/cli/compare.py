@@ -123,7 +123,9 @@ def _data(recipe: CompareRecipe, table: SetTable) -> DataSet:
         test = rows(asked.test, asked, fields, "test")
     dev = None if asked.dev is None else rows(asked.dev, asked, fields, "dev")
     unlabelled = [] if asked.unlabelled is None else rows(asked.unlabelled, asked, fields, "unlabelled")
-    return DataSet(table.name, train, test or [], dev, unlabelled, names_of(asked, train), asked.hold_out)
+    outside = [] if table.outside is None else rows(table.outside, asked, fields, "outside")
+    names = names_of(asked, train)
+    return DataSet(table.name, train, test or [], dev, unlabelled, names, asked.hold_out, outside)
 
 
 def _methods(recipe: CompareRecipe, sets: Sequence[DataSet]) -> list[Method]:
@@ -147,7 +149,7 @@ def _method(
     from deltaprompt.study.probe import TEMPLATE
 
     if m.kind == "call":
-        return Called(m.name, m.function, m.options, m.dev, m.zero_shot)
+        return Called(m.name, m.function, m.options, m.dev, m.zero_shot, m.outside)
     tables = {table.name: m.task_of(table) for table in recipe.datasets}
     if m.kind == "probe":
         lengths = {name: table.max_length for name, table in tables.items()}

@@ -30,7 +30,7 @@ OF_TASK = ("template", "max_length", "verbalizer", "calibration")
 KEYS = {  # of a method, by its kind
     "fit": (*OF_TASK, "tasks", "deltas", "training", "backbone"),
     "probe": ("template", "max_length", "backbone"),
-    "call": ("function", "options", "dev", "zero_shot"),
+    "call": ("function", "options", "dev", "zero_shot", "outside"),
 }
 USELESS = ("target", "seen")  # keys of a data set
 
@@ -52,6 +52,7 @@ class SetTable:
     name: str
     data: DataTable
     task: SetTask = SetTask()
+    outside: str | None = None  # a file of texts that belong to none of the labels
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class MethodTable:
     function: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     zero_shot: bool = False
+    outside: bool = False
 
     def task_of(self, data: SetTable) -> TaskTable:
         """Its task on a data set: what it says of that one, else of all, else what the data set says."""
@@ -142,15 +144,16 @@ def _named(given: object, where: str, known: Sequence[str]) -> tuple[dict[str, A
 
 
 def _set(given: object, where: str) -> SetTable:
-    table, name, where = _named(given, where, (*(f.name for f in fields(DataTable)), "task"))
+    table, name, where = _named(given, where, (*(f.name for f in fields(DataTable)), "outside", "task"))
     if odd := [key for key in USELESS if key in table]:
         raise ConfigError(f"{odd[0]} in {where} is not for a comparison; leave it out")
     task = table_of(SetTask, table.pop("task", {}), f"the task of {where}")
+    outside = value_of(str | None, table.pop("outside", None), f"{where} outside")
     data = table_of(DataTable, table, where)
     for key, mend in (("train", 'train = "FILE"'), ("test", 'test = "FILE", or test_share = 0.2')):
         if vars(data)[key] is None and (key == "train" or data.test_share is None):
             raise ConfigError(f"{where} has no {key} rows; give {mend}")
-    return SetTable(name, data, task)
+    return SetTable(name, data, task, outside)
 
 
 def _method(given: object, where: str, backbone: Mapping[str, Any]) -> MethodTable:
@@ -178,6 +181,7 @@ def _method(given: object, where: str, backbone: Mapping[str, Any]) -> MethodTab
         value_of(str, table.get("function", ""), f"{where} function"),
         value_of(dict[str, Any], table.get("options", {}), f"{where} options"),
         value_of(bool, table.get("zero_shot", False), f"{where} zero_shot"),
+        value_of(bool, table.get("outside", False), f"{where} outside"),
     )
 
 

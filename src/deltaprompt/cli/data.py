@@ -8,8 +8,9 @@ from typing import Any
 from deltaprompt.cli import entities
 from deltaprompt.cli.console import note
 from deltaprompt.cli.recipe import DataTable, Recipe, pairs
-from deltaprompt.data import few_shot, labels_of, read, read_relations, split
+from deltaprompt.data import few_shot, labels_of, read, read_relations, read_texts, split
 from deltaprompt.data.formats import HUB
+from deltaprompt.data.readers import STDIN
 from deltaprompt.data.samplers import DEV_SHARE
 from deltaprompt.defaults import TEMPLATES
 from deltaprompt.errors import ConfigError, DataError, nearest
@@ -21,19 +22,23 @@ SPLITS = {
     "dev": "validation",
     "test": "test",
     "unlabelled": "unsupervised",
+    "outside": "test",
 }  # the usual names of a hub dataset's splits
 MARKED = frozenset(("marked", "first", "between", "second"))  # fields that rows of relations have
 Sets = tuple[Sequence[Example], Sequence[Example] | None]
 
 
 def rows(source: str, asked: DataTable, fields: Collection[str], role: str) -> list[Example]:
-    """The rows of a file, or of a dataset on the hub: `hf:name`, `hf:name@split`; labelled but for "unlabelled"."""
+    """The rows of a file, or of a dataset on the hub: `hf:name`, `hf:name@split`.
+
+    Labels are read but for the roles "unlabelled" and "outside".
+    """
     name, wanted = split_of(source, SPLITS[role])
     text = asked.text or asked.fields.get("text") or ("text" if "text" in fields else None)
     own = {key: column for key, column in asked.fields.items() if key != "text"}
     dropped: list[str] = []
     on_empty = dropped.append if asked.drop_empty else None
-    labelled = role != "unlabelled"
+    labelled = role not in ("unlabelled", "outside")
     if entities.asked_for(fields):
         found = entities.mentions(name, wanted, labelled, on_empty, None if asked.label == "label" else asked.label)
     elif MARKED & set(fields):
@@ -56,9 +61,23 @@ def split_of(source: str, usual: str = "train") -> tuple[str, str | None]:
 
 def labelled_rows(source: str, given: Mapping[str, Any], fields: Collection[str]) -> list[Example]:
     """The rows to measure an adaptation with these fields on, as the options of its command say."""
+    return rows(source, _asked(given), fields, "test")
+
+
+def outside_rows(source: str, given: Mapping[str, Any], fields: Collection[str]) -> list[Example]:
+    """Texts that belong to none of the labels, as the options say; - for standard input."""
+    asked = _asked(given)
+    return (
+        list(read_texts(source, asked.text, asked.fields))
+        if source == STDIN
+        else rows(source, asked, fields, "outside")
+    )
+
+
+def _asked(given: Mapping[str, Any]) -> DataTable:
+    """What the options of a command say of rows."""
     own = pairs(given["field"] or [], "--field")
-    label, drop = given["label"] or "label", given["drop_empty"]
-    return rows(source, DataTable(text=given["text"], label=label, fields=own, drop_empty=drop), fields, "test")
+    return DataTable(text=given["text"], label=given["label"] or "label", fields=own, drop_empty=given["drop_empty"])
 
 
 def apart(asked: DataTable, train: list[Example]) -> tuple[Sequence[Example], Sequence[Example] | None]:

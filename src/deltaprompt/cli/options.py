@@ -55,6 +55,15 @@ Unlabelled = Annotated[
 Text = Annotated[
     str | None, _option("--text", help="The column of the field {text}; default: text.", panel=DATA, metavar="COL")
 ]
+Outside = Annotated[
+    str | None,
+    _option(
+        "--outside",
+        help="Texts that belong to none of the labels, as predict reads them: how well they are told apart (AUROC).",
+        panel=DATA,
+        metavar="FILE",
+    ),
+]
 Label = Annotated[
     str | None, _option("--label", help="The column of the label; default: label.", panel=DATA, metavar="COL")
 ]

@@ -81,6 +81,7 @@ def evaluate(
     context: typer.Context,
     folder: options.Folder,
     file: Annotated[str, typer.Argument(help="Labelled rows, as fit reads them.", metavar="FILE")],
+    outside: options.Outside = None,
     support: options.Support = None,
     text: options.Text = None,
     label: options.Label = None,
@@ -94,25 +95,33 @@ def evaluate(
     debug: options.Debug = False,
 ) -> None:
     """Measure a saved adaptation: accuracy and macro F1 of labels; F1 of spans; BLEU, chrF, ROUGE and loss of texts."""
-    from deltaprompt.cli.data import labelled_rows
+    from deltaprompt.cli.data import labelled_rows, outside_rows
     from deltaprompt.cli.recipe import pairs
     from deltaprompt.model.generator import Generator
     from deltaprompt.model.tagger import Tagger
 
     model = opened(folder, backbone, device, support)
+    if outside is not None and isinstance(model, Generator | Tagger):
+        does = "writes texts" if isinstance(model, Generator) else "finds spans"
+        raise ConfigError(f"--outside is for what gives a text a label, and {folder} {does}; leave it out")
     if isinstance(model, Generator):
         writing.evaluate(model, folder, file, target, pairs(field or [], "--field"), batch_size, as_json)
         return
     if isinstance(model, Tagger):
         tagging.evaluate(model, folder, file, batch_size, as_json)
         return
-    examples = labelled_rows(file, context.params, model.features.template.fields)
-    told = {**model.evaluate(examples, batch_size), "examples": len(examples)}
+    fields = model.features.template.fields
+    examples = labelled_rows(file, context.params, fields)
+    others = [] if outside is None else outside_rows(outside, context.params, fields)
+    told = {**model.evaluate(examples, batch_size, outside=others), "examples": len(examples)}
+    told |= {"outside": len(others)} if others else {}
     if as_json:
         console.print_json(told)
         return
     shown = [[called, f"{told[name]:.4f}"] for name, called in entities.shown_of(told).items()]
     shown.append(["examples", f"{len(examples):,}"])
+    if others:
+        shown += [["AUROC of other texts", f"{told['auroc']:.4f}"], ["other texts", f"{len(others):,}"]]
     console.output().print(console.table(["", str(folder)], shown))
 
 

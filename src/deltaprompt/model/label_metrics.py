@@ -1,5 +1,7 @@
 """How well labels are found: accuracy and macro F1; of type paths and of several labels the loose scores of typing.
 
+And how well texts that belong to no label are told from those that do: AUROC.
+
 Sets are compared with the ancestors of their labels in them (Ling & Weld 2012, section 4.1): strict accuracy is the
 share of examples whose sets are equal, loose macro scores are means over examples, loose micro ones are of all at once.
 """
@@ -10,9 +12,11 @@ import math
 from collections.abc import Sequence, Set
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
+from deltaprompt.errors import ConfigError
 from deltaprompt.features import Encoded, Features
 from deltaprompt.hierarchy import Way, ancestors, are_paths
 from deltaprompt.model.several import chosen, right
@@ -80,6 +84,27 @@ def macro_f1(classes: int, gold: Classes, found: Classes) -> float:
     hits = [i for right, said in zip(gold, found, strict=True) for i in {*right} & {*said}]
     both = np.bincount(np.array(hits, dtype=np.int64), minlength=classes)
     return float(np.mean(2 * both / np.maximum(count[0] + count[1], 1)))
+
+
+def auroc(inside: npt.ArrayLike, outside: npt.ArrayLike) -> float:
+    """P(score inside > score outside) + P(they are equal) / 2, over all pairs: the area under the ROC curve.
+
+    Args:
+        inside: scores of texts that belong to a label.
+        outside: of texts that belong to none; 1/2 is what chance comes to.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    each = [np.asarray(scores, dtype=np.float64).ravel() for scores in (inside, outside)]
+    scores = np.concatenate(each)
+    if not all(map(len, each)) or np.isnan(scores).any():
+        got = " and ".join(f"{len(own)} ({int(np.isnan(own).sum())} of them NaN)" for own in each)
+        raise ConfigError(
+            "AUROC compares scores of texts that belong to a label with scores of texts that belong to none: one or "
+            f"more of each, all of them numbers; got {got}"
+        )
+    order = np.unique(scores, return_inverse=True)[1]  # all that counts; scores may be infinite
+    return float(roc_auc_score(np.repeat([1, 0], [len(own) for own in each]), order))
 
 
 def _alone(gold: Sequence[int], found: Sequence[int], classes: int) -> dict[str, float]:

@@ -18,13 +18,14 @@ from deltaprompt.deltas._base import Delta
 from deltaprompt.errors import ConfigError
 from deltaprompt.features import Encoded, Features
 from deltaprompt.model import starting
-from deltaprompt.model.label_metrics import measured, measures
+from deltaprompt.model.class_scores import class_scores
+from deltaprompt.model.label_metrics import auroc, measured, measures
 from deltaprompt.model.reader import Reader, Scorer, check_alike, of_rows, of_template, placed
 from deltaprompt.model.several import LEAST, chosen
 from deltaprompt.model.showing import demonstrate, shows
-from deltaprompt.model.starting import check_labelled, unlabelled_of
+from deltaprompt.model.starting import check_labelled
 from deltaprompt.model.task import Task
-from deltaprompt.model.trainable import Trainable, evaluating
+from deltaprompt.model.trainable import Trainable
 from deltaprompt.model.virtual import begin_from_words, check_room
 from deltaprompt.registry import describe as described
 from deltaprompt.types import AtMask, Batch, Example
@@ -221,32 +222,43 @@ class Model(Trainable):
 
         Of a task of several labels also `labels`: all whose probability is above 1/2, the likeliest first, never none.
         """
-        if isinstance(examples, str | Mapping | Example):
-            raise ConfigError("predict takes a list, and got one text; write predict([text])")
-        found = self.probabilities([example_of(e) for e in examples], batch_size, slot)
+        found = self.probabilities(examples_of(examples, "predict"), batch_size, slot)
         return [answer(self.task, p) for p in found.tolist()]
 
-    @torch.inference_mode()
     def probabilities(self, examples: Sequence[Example], batch_size: int = 32, slot: int = 0) -> Tensor:
         """Class probabilities [n, c] on the CPU, in the order of the examples."""
-        reader, place = self._at(slot), self.seats[slot][1]
-        starting.check_ready(reader, place)
-        out = torch.zeros(len(examples), len(self.task.names))
-        with evaluating(self):
-            for batch in reader.features.batches(reader.features.encode(unlabelled_of(examples)), batch_size):
-                logits = self(batch.to(self.device), slot)["logits"]
-                out[batch.index] = reader.scorer.probabilities(logits).cpu()
-        return out
+        (scores,) = class_scores(self, examples, [slot], batch_size)
+        return self.reader(slot).scorer.probabilities(scores)
 
-    def evaluate(self, examples: Sequence[Example], batch_size: int = 32, slot: int = 0) -> dict[str, float]:
-        """Accuracy and macro F1 on labelled examples; of type paths and of several labels those of typing too."""
+    def max_logit(
+        self, examples: Sequence[str | Mapping[str, str] | Example], batch_size: int = 32, slot: int = 0
+    ) -> Tensor:
+        """max_c score(c) [n] on the CPU: low for a text that belongs to no class (Hendrycks et al. 2022, MaxLogit).
+
+        The score before the softmax tells how near the nearest class is, a probability only how much nearer than the
+        others. Scores of label words, and of what is calibrated, are made of log-probabilities already. Of a task of
+        several labels it is the largest log-odds: low where no label is right.
+        """
+        return class_scores(self, examples_of(examples, "max_logit"), [slot], batch_size)[0].amax(-1)
+
+    def evaluate(
+        self, examples: Sequence[Example], batch_size: int = 32, slot: int = 0, outside: Sequence[Example] = ()
+    ) -> dict[str, float]:
+        """Accuracy and macro F1 on labelled examples; of type paths and of several labels those of typing too.
+
+        With texts `outside` that belong to no class, whose labels are not read, also the `auroc` of `max_logit`.
+        """
         if not examples:
             raise ConfigError("there are no examples to evaluate on")
         for example in examples:
             check_labelled(example)
         gold, task = [self.features.classes_of(example) for example in examples], self.task
-        found = chosen(self.probabilities(examples, batch_size, slot), task.several, LEAST)
-        return measures(task.names, gold, found, task.several)
+        (scores,) = class_scores(self, examples, [slot], batch_size)
+        found = chosen(self.reader(slot).scorer.probabilities(scores), task.several, LEAST)
+        told = measures(task.names, gold, found, task.several)
+        if outside:
+            told["auroc"] = auroc(scores.amax(-1), self.max_logit(outside, batch_size, slot))
+        return told
 
     def measure(
         self, rows: Sequence[Encoded], batch_size: int = 32, slot: int = 0, through: nn.Module | None = None
@@ -370,6 +382,13 @@ def answer(task: Task, probabilities: Sequence[float]) -> dict[str, Any]:
         return told
     best = sorted((name for name in scores if scores[name] > LEAST), key=lambda name: -scores[name])
     return {"labels": best or [label], **told}
+
+
+def examples_of(given: Sequence[str | Mapping[str, str] | Example], asked: str) -> list[Example]:
+    """What a function that is `asked` was given; a text in place of a list is an error."""
+    if isinstance(given, str | Mapping | Example):
+        raise ConfigError(f"{asked} takes a list, and got one text; write {asked}([text])")
+    return [example_of(one) for one in given]
 
 
 def example_of(given: str | Mapping[str, str] | Example) -> Example:

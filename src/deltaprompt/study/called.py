@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from deltaprompt.errors import ConfigError, DataError, TrainingError, nearest
+from deltaprompt.model.label_metrics import auroc
+from deltaprompt.model.starting import unlabelled_of
 from deltaprompt.study import calling
 from deltaprompt.study.data import DataSet, Shots
 from deltaprompt.study.method import Entry, Method, Outcome
@@ -26,8 +28,12 @@ class Called(Method):
     """A function `(train, dev, test, labels, seed, options)`, called in a process of its own for every seed.
 
     It is given lists of `Example`, of which test rows have no labels, `dev` being None where it is not asked for, and
-    gives the labels of the test rows; or these and a mapping with any of "trainable", "bytes" and "cpu_seconds" (of its
-    training alone; where it does not say, all its time counts).
+    gives the labels of the test rows; or these and a mapping with any of "trainable", "bytes", "cpu_seconds" (of its
+    training alone; where it does not say, all its time counts) and "confidence" (of every test row a number, the
+    higher the surer that it belongs to a label).
+
+    With `outside`, the data set's texts that belong to none of the labels stand behind the test rows, and it gives a
+    label for each of these too, which is not read. AUROC then comes from the confidences; without these there is none.
 
     Args:
         name: its own.
@@ -35,6 +41,7 @@ class Called(Method):
         options: what it is given, as JSON.
         dev: whether it is given rows to choose by.
         zero_shot: whether it answers without examples.
+        outside: whether it is given the texts outside, where a data set has some.
     """
 
     name: str
@@ -42,6 +49,7 @@ class Called(Method):
     options: Mapping[str, Any] = field(default_factory=dict)
     dev: bool = False
     zero_shot: bool = False
+    outside: bool = False
     together: int = 1
 
     def __post_init__(self) -> None:
@@ -55,7 +63,8 @@ class Called(Method):
 
     def entry(self, data: DataSet) -> Entry:
         told = {"function": self.function, "options": dict(self.options), "dev": self.dev}
-        return Entry({"kind": "call", **told}, "", self.zero_shot)
+        more = {"outside": True} if self._outside(data) else {}
+        return Entry({"kind": "call", **told, **more}, "", self.zero_shot)
 
     def ready(self) -> None:
         try:
@@ -68,33 +77,43 @@ class Called(Method):
 
     def _one(self, data: DataSet, shots: Shots, seed: int) -> Outcome:
         train, dev = data.draw(shots, seed, self.dev)
+        outside, n = self._outside(data), len(data.test)
+        asked = [*data.test, *outside]
         told = _answer(
             {
                 "function": self.function,
                 "train": _rows(train),
                 "dev": None if dev is None else _rows(dev),
-                "test": [[dict(row.fields), None] for row in data.test],
+                "test": _rows(unlabelled_of(asked)),
                 "labels": data.labels,
                 "seed": seed,
                 "options": dict(self.options),
             }
         )
-        found = _checked(told["found"], data)
-        return Outcome(data.classes(found), told["cpu_seconds"], told["trainable"], told["bytes"])
+        found, sure = told["found"], told["confidence"]
+        _check(found, sure, data, len(outside))
+        area = auroc(sure[:n], sure[n:]) if outside and sure is not None else None
+        return Outcome(data.classes(found[:n]), told["cpu_seconds"], told["trainable"], told["bytes"], area)
+
+    def _outside(self, data: DataSet) -> Sequence[Example]:
+        """The texts outside that it is given."""
+        return data.outside if self.outside else ()
 
 
 def _rows(examples: Sequence[Example]) -> list[Any]:
     return [[dict(row.fields), row.label] for row in examples]
 
 
-def _checked(found: Sequence[str], data: DataSet) -> Sequence[str]:
-    """A label of the data set for every test row, or an error."""
-    if len(found) != len(data.test):
-        raise DataError(f"it gave {len(found)} labels for {len(data.test)} test rows; it must give one for each")
-    for number, label in enumerate(found, 1):
+def _check(found: Sequence[str], sure: Sequence[float] | None, data: DataSet, outside: int) -> None:
+    """Raises unless every row has a label, which is the data set's of a test row, and a confidence if any has."""
+    n = len(data.test)
+    rows = f"{n} test rows" + (f" and {outside} texts outside behind them" if outside else "")
+    for what, given in (("labels", found), ("confidences", sure)):
+        if given is not None and len(given) != n + outside:
+            raise DataError(f"it gave {len(given)} {what} for {rows}; it must give one for each")
+    for number, label in enumerate(found[:n], 1):
         if label not in data.labels:
             raise DataError(f"it gave test row {number} the label {label!r}{nearest(str(label), data.labels)}")
-    return found
 
 
 def _answer(request: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,21 @@ from typing import Any
 
 from deltaprompt.types import Example
 
-KINDS: dict[str, Callable[[Any], float]] = {"trainable": int, "bytes": int, "cpu_seconds": float}  # beside labels
+
+def floats(given: Any) -> list[float]:
+    """Numbers of any library, as JSON has them."""
+    try:
+        return [float(one) for one in given]
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"confidence is a list of numbers, one for each row; got {given!r:.60}") from e
+
+
+KINDS: dict[str, Callable[[Any], Any]] = {  # of what stands beside labels
+    "trainable": int,
+    "bytes": int,
+    "cpu_seconds": float,
+    "confidence": floats,
+}
 
 
 def function_of(name: str) -> Callable[..., Any]:

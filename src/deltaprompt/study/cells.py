@@ -49,6 +49,7 @@ class Cell:
     cpu_seconds: float
     trainable: int | None
     bytes: int | None
+    auroc: float | None = None  # lines from before there was one lack it
 
     @classmethod
     def of(cls, key: Key, data: DataSet, outcome: Outcome) -> Cell:
@@ -62,6 +63,7 @@ class Cell:
             float(right.mean()),
             _macro_f1(data, outcome.found.tolist()),
             *cost,
+            outcome.auroc,
         )
 
     @cached_property
@@ -123,7 +125,8 @@ class Kept:
 def _cell(told: Mapping[str, Any]) -> Cell:
     """The cell of a line."""
     key = Key(**{f.name: told[f.name] for f in fields(Key)})
-    cell = Cell(key, tuple(told["found"]), **{f.name: told[f.name] for f in fields(Cell)[2:]})
+    rest = {f.name: told[f.name] for f in fields(Cell)[2:] if f.name in told or f.name != "auroc"}
+    cell = Cell(key, tuple(told["found"]), **rest)
     if len(cell.found) != key.test_rows:
         raise ValueError("it is not of all test rows")
     return cell

@@ -6,7 +6,7 @@ import math
 import statistics
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -59,6 +59,11 @@ class Figure:
         """Whether every seed came to its end."""
         return bool(self.cells) and not self.failed
 
+    @property
+    def aurocs(self) -> list[float]:
+        """How well texts outside are told from the test rows, of every seed that says so."""
+        return [cell.auroc for cell in self.cells if cell.auroc is not None]
+
 
 @dataclass(frozen=True)
 class Total:
@@ -94,6 +99,7 @@ class Comparison:
     columns: tuple[tuple[str, Shots], ...]
     figures: tuple[Figure, ...]
     totals: tuple[Total, ...]
+    outside: Mapping[str, int] = field(default_factory=dict)  # texts that belong to no label, by data set that has some
 
     def at(self, method: str, data: str, shots: Shots) -> Figure:
         """One figure."""
@@ -123,7 +129,8 @@ def comparison(
     totals = [replace(t, best=b, near=n) for t, (b, n) in zip(totals, marks(totals), strict=True)]
     columns = tuple((data.name, k) for data in datasets for k in shots)
     rows = {data.name: len(data.test) for data in datasets}
-    return Comparison(metric, baseline, tuple(seeds), rows, columns, tuple(figures), tuple(totals))
+    outside = {data.name: len(data.outside) for data in datasets if data.outside}
+    return Comparison(metric, baseline, tuple(seeds), rows, columns, tuple(figures), tuple(totals), outside)
 
 
 def _figure(found: Found, method: str, data: str, shots: Shots, seeds: Sequence[int], metric: Metric) -> Figure:

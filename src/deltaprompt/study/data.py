@@ -15,6 +15,7 @@ from deltaprompt.calibrations._base import spread
 from deltaprompt.data import few_shot, labels_of, split
 from deltaprompt.data.samplers import DEV_SHARE
 from deltaprompt.errors import ConfigError, DataError, nearest
+from deltaprompt.model.starting import unlabelled_of
 from deltaprompt.trainer.plan import told
 from deltaprompt.types import Example
 
@@ -36,6 +37,8 @@ class DataSet:
         unlabelled: texts, for what needs no labels.
         labels: all there are; those of the training rows where not given.
         hold_out: whether training rows may be drawn to choose by.
+        outside: texts that belong to none of the labels, from which methods tell the test rows; labels that they have
+            are taken off.
     """
 
     name: str
@@ -45,12 +48,14 @@ class DataSet:
     unlabelled: Sequence[Example] = ()
     labels: tuple[str, ...] = ()
     hold_out: bool = True
+    outside: Sequence[Example] = ()
 
     def __post_init__(self) -> None:
         if not self.test:
             raise DataError(f"{self.name}: there are no test rows; a comparison needs some")
         if not self.labels:
             object.__setattr__(self, "labels", labels_of(self.train))
+        object.__setattr__(self, "outside", tuple(unlabelled_of(self.outside)))
         for role, rows in (("training", self.train), ("test", self.test), ("dev", self.dev or ())):
             self._check(role, rows)
 
@@ -69,7 +74,8 @@ class DataSet:
     def digest(self) -> str:
         """12 hex digits of all rows, labels and what is drawn from."""
         parts = [told(rows) for rows in (self.train, self.test, self.dev or (), self.unlabelled)]
-        return digest_of([*parts, *self.labels, str(self.hold_out)])
+        others = [f"outside: {told(self.outside)}"] if self.outside else []
+        return digest_of([*parts, *self.labels, str(self.hold_out), *others])
 
     @cached_property
     def gold(self) -> Classes:
@@ -82,8 +88,10 @@ class DataSet:
         return np.array([place.get(label, NONE) for label in labels], dtype=np.int64)
 
     def limited(self, test_rows: int | None) -> DataSet:
-        """The same with at most so many test rows, evenly spaced."""
-        return self if test_rows is None else replace(self, test=spread(self.test, test_rows))
+        """The same with at most so many test rows, and so many texts outside, evenly spaced."""
+        if test_rows is None:
+            return self
+        return replace(self, test=spread(self.test, test_rows), outside=spread(self.outside, test_rows))
 
     def draw(self, shots: Shots, seed: int, dev: bool) -> Sets:
         """Rows to train on and, with `dev`, rows to choose by; the first do not depend on whether there are others.

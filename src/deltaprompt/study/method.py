@@ -32,6 +32,7 @@ class Outcome:
     cpu_seconds: float  # of its training
     trainable: int | None  # numbers that were trained; None where nobody knows
     bytes: int | None  # of what is kept of it
+    auroc: float | None = None  # how well it tells test rows from texts outside; None where there are none
 
 
 class Method(ABC):

@@ -6,6 +6,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch.nn.functional import normalize
 
 from deltaprompt.backbone import Backbone
 from deltaprompt.model import Task, adapt
+from deltaprompt.model.label_metrics import auroc
 from deltaprompt.study.data import DataSet, Shots
 from deltaprompt.study.method import Entry, Method, Outcome
 from deltaprompt.types import Example
@@ -44,6 +47,12 @@ def regression(states: Tensor, labels: Sequence[str | None]) -> Any:
     return tried.fit(states, labels).best_estimator_
 
 
+def largest(fitted: Any, states: Tensor) -> npt.NDArray[np.float64]:
+    """The largest decision value of each row [n, d] -> [n]; of two classes how far it is from their boundary."""
+    values: npt.NDArray[np.float64] = fitted.decision_function(states)
+    return np.abs(values) if values.ndim == 1 else values.max(1)
+
+
 class Probe(Method):
     """The probe as a method of a study; the support rows alone choose C.
 
@@ -67,10 +76,10 @@ class Probe(Method):
         self.backbone = backbone
         self.template = template
         self.max_length = max_length
-        self._tested: tuple[DataSet, Tensor] | None = None  # the states of the test rows that were last asked for
+        self._tested: tuple[DataSet, Tensor, Tensor] | None = None  # states of the data set that was last asked for
 
     def entry(self, data: DataSet) -> Entry:
-        self._embedded(data, [data.train[0], data.test[0]])
+        self._embedded(data, [data.train[0], data.test[0], *data.outside[:1]])
         told = {"kind": "probe", "template": self.template, "max_length": self._length(data)}
         return Entry({**told, "backbone": self.backbone.kind}, self.backbone.fingerprint)
 
@@ -86,8 +95,10 @@ class Probe(Method):
         fitted = regression(self._embedded(data, support), [e.label for e in support])
         seconds = time.process_time() - begun
         kept = (fitted.coef_, fitted.intercept_)
-        found = data.classes(list(fitted.predict(self._states(data))))
-        return Outcome(found, seconds, sum(a.size for a in kept), sum(a.nbytes for a in kept))
+        inside, outside = self._states(data)
+        found = data.classes(list(fitted.predict(inside)))
+        area = auroc(largest(fitted, inside), largest(fitted, outside)) if data.outside else None
+        return Outcome(found, seconds, sum(a.size for a in kept), sum(a.nbytes for a in kept), area)
 
     def _embedded(self, data: DataSet, rows: Sequence[Example]) -> Tensor:
         return embedded(self.backbone, rows, self._length(data), self.template)
@@ -95,8 +106,8 @@ class Probe(Method):
     def _length(self, data: DataSet) -> int | None:
         return self.max_length.get(data.name) if isinstance(self.max_length, Mapping) else self.max_length
 
-    def _states(self, data: DataSet) -> Tensor:
-        """Of the test rows, computed once."""
+    def _states(self, data: DataSet) -> tuple[Tensor, Tensor]:
+        """Of the test rows and of the texts outside, computed once."""
         if self._tested is None or self._tested[0] is not data:
-            self._tested = data, self._embedded(data, data.test)
-        return self._tested[1]
+            self._tested = data, self._embedded(data, data.test), self._embedded(data, data.outside)
+        return self._tested[1:]

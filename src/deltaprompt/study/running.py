@@ -57,7 +57,7 @@ def compare(
         shots: of each label; 0 for none, "all" for all rows.
         seeds: each once.
         baseline: the method that differences are to; without it there are none.
-        test_rows: of each data set at most, evenly spaced.
+        test_rows: of each data set at most, evenly spaced, and as many texts outside.
         metric: "accuracy" or "macro_f1".
         out: a folder that keeps each cell when it is done. Those that are there are not computed again.
         say: is given a line for what is begun and what is done.
@@ -199,5 +199,7 @@ def _line(each: Sequence[Cell | str]) -> str:
     if cells:
         accuracies, seconds = [cell.accuracy for cell in cells], statistics.fmean(cell.cpu_seconds for cell in cells)
         spread = f" ± {statistics.stdev(accuracies):.3f}" if len(cells) > 1 else ""
-        told.insert(0, f"accuracy {statistics.fmean(accuracies):.3f}{spread}, {seconds:.1f} CPU-seconds a seed")
+        areas = [cell.auroc for cell in cells if cell.auroc is not None]
+        also = f", AUROC {statistics.fmean(areas):.3f}" if areas else ""
+        told.insert(0, f"accuracy {statistics.fmean(accuracies):.3f}{spread}{also}, {seconds:.1f} CPU-seconds a seed")
     return "; ".join(told)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,14 +21,21 @@ CALLED = {"accuracy": "accuracy", "macro_f1": "macro F1"}
 
 
 def markdown(c: Comparison) -> str:
-    """A row a method, a column a data set and number of shots, then what is over all; a legend, and failures."""
+    """A row a method, a column a data set and number of shots, then what is over all; a legend, and failures.
+
+    Where a data set has texts that belong to none of its labels, a second table has how well these are told apart.
+    """
     heads = [CALLED[c.metric], *(f"{data}, {called(k)}" for data, k in c.columns), "mean"]
     heads += [f"mean − {c.baseline} [95 %]"] if c.baseline is not None else []
     heads += ["CPU-seconds", "trained", "bytes"]
     rows = [[total.method, *(_shown(c.at(total.method, *column)) for column in c.columns)] for total in c.totals]
     rows = [row + _over_all(c, total) for row, total in zip(rows, c.totals, strict=True)]
-    lines = [_line(heads), _line(["---", *["---:"] * (len(heads) - 1)]), *map(_line, rows)]
-    return "\n".join([*lines, "", _legend(c), *_failures(c)])
+    return "\n".join([*_lines(heads, rows), "", _legend(c), *_outside(c), *_failures(c)])
+
+
+def _lines(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table, its first column text and the others numbers."""
+    return [_line(heads), _line(["---", *["---:"] * (len(heads) - 1)]), *map(_line, rows)]
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -96,6 +104,40 @@ def _legend(c: Comparison) -> str:
     return f"{told} CPU-seconds: of training one adaptation, mean over all cells."
 
 
+def _outside(c: Comparison) -> list[str]:
+    """The second table and what it says; nothing where no data set has texts outside."""
+    if not c.outside:
+        return []
+    columns = [column for column in c.columns if column[0] in c.outside]
+    rows = [[total.method] for total in c.totals]
+    for column in columns:
+        figures = [c.at(total.method, *column) for total in c.totals]
+        best = max((statistics.fmean(f.aurocs) for f in figures if _told(f)), default=None)
+        for row, f in zip(rows, figures, strict=True):
+            row.append(_auroc(f, _told(f) and statistics.fmean(f.aurocs) == best))
+    heads = ["AUROC", *(f"{data}, {called(k)}" for data, k in columns)]
+    counts = ", ".join(f"{name} {count:,}" for name, count in c.outside.items())
+    legend = (
+        "AUROC: the share of pairs of a test row and a text that belongs to none of the labels in which the former has "
+        f"the higher score, ties counting half; chance is 0.5. Such texts: {counts}."
+    )
+    return ["", *_lines(heads, rows), "", legend]
+
+
+def _told(f: Figure) -> bool:
+    """Whether every seed says how well texts outside are told apart."""
+    return f.whole and len(f.aurocs) == len(f.cells)
+
+
+def _auroc(f: Figure, best: bool) -> str:
+    """Mean ± standard deviation."""
+    if not (own := f.aurocs):
+        return "failed" if f.failed and not f.cells else NOTHING
+    told = f"{statistics.fmean(own):.3f}" + (f" ± {statistics.stdev(own):.3f}" if len(own) > 1 else "")
+    asked = len(f.cells) + len(f.failed)
+    return _joined(_bold(told, best), f"({len(own)} of {asked} seeds)" if len(own) < asked else "")
+
+
 def _failures(c: Comparison) -> list[str]:
     """A line for every figure and reason."""
     lines = []
@@ -142,6 +184,7 @@ def row_of(f: Figure) -> dict[str, Any]:
         "near": f.near,
         "accuracy": _mean([cell.accuracy for cell in f.cells]),
         "macro_f1": _mean([cell.macro_f1 for cell in f.cells]),
+        "auroc": _mean(f.aurocs),
         "cpu_seconds": _mean([cell.cpu_seconds for cell in f.cells]),
         "trainable": first.trainable if first else None,
         "bytes": first.bytes if first else None,
@@ -169,6 +212,7 @@ def as_json(c: Comparison) -> dict[str, Any]:
         "baseline": c.baseline,
         "seeds": list(c.seeds),
         "test_rows": dict(c.test_rows),
+        "outside": dict(c.outside),
         "figures": [row_of(f) for f in c.figures],
         "totals": [_total(t) for t in c.totals],
     }

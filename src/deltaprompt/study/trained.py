@@ -7,21 +7,23 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-import torch
+from torch import Tensor
 
 from deltaprompt.backbone import Backbone
 from deltaprompt.deltas._base import Delta
-from deltaprompt.errors import ConfigError
+from deltaprompt.errors import ConfigError, DeltaPromptError
 from deltaprompt.model import Model, Task
-from deltaprompt.model.starting import check_ready, unlabelled_of
-from deltaprompt.model.trainable import evaluating
-from deltaprompt.study.data import DataSet, Sets, Shots
+from deltaprompt.model.class_scores import class_scores
+from deltaprompt.model.label_metrics import auroc
+from deltaprompt.model.starting import unlabelled_of
+from deltaprompt.study.data import Classes, DataSet, Sets, Shots
 from deltaprompt.study.method import Entry, Method, Outcome
 from deltaprompt.trainer import Plan, Progress, Run, Training
 from deltaprompt.trainer.many import TOGETHER, train_many
 from deltaprompt.trainer.objective import objective_of
 from deltaprompt.trainer.settings import FREE
-from deltaprompt.types import Example
+
+Answer = tuple[Classes, Tensor, Tensor]  # of test rows the classes and the largest scores, of texts outside the latter
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +58,7 @@ class Trained(Method):
             for label in data.labels:
                 features.label_index(label)
             if features.template.demos is None:  # else its rows stand beside others first
-                model.encode([data.train[0], data.test[0]])
+                model.encode([data.train[0], data.test[0], *data.outside[:1]])
             learns = model.parameter_count() > 0 or objective_of(model).takes_examples(0)
         finally:
             model.adapted.remove()
@@ -73,11 +75,8 @@ class Trained(Method):
             begun = time.process_time()
             runs = self._fitted(model, data, seeds, sets)
             seconds = (time.process_time() - begun) / len(seeds)
-            found = answers(model, [slot for slot, run in enumerate(runs) if not run.failed], data.test)
-            return [
-                run.failed or Outcome(data.classes(found[slot]), seconds, run.trainable, bytes_of(model, slot))
-                for slot, run in enumerate(runs)
-            ]
+            found = answers(model, [slot for slot, run in enumerate(runs) if not run.failed], data)
+            return [run.failed or _outcome(found[slot], seconds, run, model, slot) for slot, run in enumerate(runs)]
         finally:
             model.adapted.remove()
 
@@ -94,27 +93,25 @@ class Trained(Method):
         return self.task[data.name]
 
 
-@torch.inference_mode()
-def answers(model: Model, slots: Sequence[int], test: Sequence[Example]) -> dict[int, list[str]]:
-    """The likeliest label of every row by slot; a backbone on which nothing acts is run once for all slots."""
-    if not slots:
-        return {}
-    if len(model.readers) > 1 or any(True for _ in model.adapted.parts()):
-        return {slot: _labels(model, model.probabilities(test, slot=slot).argmax(-1).tolist()) for slot in slots}
-    for slot in slots:
-        check_ready(model.reader(slot), model.seats[slot][1])
-    best = torch.zeros(len(slots), len(test), dtype=torch.long)
-    with evaluating(model):
-        for batch in model.features.batches(model.features.encode(unlabelled_of(test)), 32):
-            at = model.at_mask(batch.to(model.device), 0)
-            for number, slot in enumerate(slots):
-                scores = model.reader(slot).scorer.probabilities(model.scores(at, slot))
-                best[number, batch.index] = scores.argmax(-1).cpu()
-    return {slot: _labels(model, row) for slot, row in zip(slots, best.tolist(), strict=True)}
+def answers(model: Model, slots: Sequence[int], data: DataSet) -> dict[int, Answer]:
+    """The likeliest class of every test row, and the largest score of every text, by slot; each text is read once."""
+    each = zip(slots, *(class_scores(model, rows, slots) for rows in (data.test, data.outside)), strict=True)
+    found = dict[int, Answer]()
+    for slot, inside, outside in each:
+        best = model.reader(slot).scorer.probabilities(inside).argmax(-1).tolist()
+        labels = data.classes([model.task.names[i] for i in best])
+        found[slot] = labels, inside.amax(-1), outside.amax(-1)
+    return found
 
 
-def _labels(model: Model, classes: Sequence[int]) -> list[str]:
-    return [model.task.names[i] for i in classes]
+def _outcome(found: Answer, seconds: float, run: Run, model: Model, slot: int) -> Outcome | str:
+    """What a seed came to; where its scores cannot be compared it has failed alone."""
+    classes, inside, outside = found
+    try:
+        area = auroc(inside, outside) if len(outside) else None
+    except DeltaPromptError as e:
+        return str(e)
+    return Outcome(classes, seconds, run.trainable, bytes_of(model, slot), area)
 
 
 def bytes_of(model: Model, slot: int) -> int:
