@@ -223,17 +223,17 @@ def test_several_labels_for_a_task_of_one_are_an_error():
 
 
 def test_a_list_in_the_label_column_is_read_as_labels(tmp_path):
-    rows = [{"text": "a", "label": ["x", "y", "x"]}, {"text": "b", "label": [3, 1.0]}, {"text": "c", "label": "x"}]
-    path = tmp_path / "a.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
-    found = read(path)
+    texts, numbers = tmp_path / "texts.jsonl", tmp_path / "numbers.jsonl"
+    texts.write_text('{"text": "a", "label": ["x", "y", "x"]}\n{"text": "c", "label": "x"}')
+    numbers.write_text('{"text": "b", "label": [3, 1.0]}')
+    found = [*read(texts), *read(numbers)]
     assert [(e.label, e.labels, e.gold) for e in found] == [
         (None, ("x", "y"), ("x", "y")),
-        (None, ("3", "1"), ("3", "1")),
         ("x", (), ("x",)),
+        (None, ("3", "1"), ("3", "1")),
     ]
     assert labels_of(found) == ("1", "3", "x", "y")
-    assert read(path, labelled=False)[0].labels == ()
+    assert read(texts, labelled=False)[0].labels == ()
 
 
 @pytest.mark.parametrize("empty", [[], [""], ["x", None], [["x"]]])
