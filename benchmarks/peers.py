@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from deltaprompt import Example
 from deltaprompt.backbone.demo import demo_folder
 
-Found = tuple[list[str], dict[str, float]]  # the labels of the test rows, and what that took
+Found = tuple[list[str], dict[str, Any]]  # the labels of the test rows; what that took, and how sure each is
 PARTS = {"bert": ["query", "key", "value", "dense"]}  # every linear map of a layer, as peft selects them
 
 
@@ -31,7 +32,8 @@ def setfit(
 ) -> Found:
     """SetFit as its package has it: contrastive steps on pairs, then a logistic regression.
 
-    Options are those of its `TrainingArguments`: `max_steps` bounds what grows with the square of the examples.
+    Options are those of its `TrainingArguments`, and `most_steps`, which bounds those of its one epoch, whose number
+    grows with the square of the examples.
     """
     from datasets import Dataset
     from sentence_transformers import SentenceTransformer
@@ -39,7 +41,9 @@ def setfit(
     from transformers import set_seed
 
     own = dict(options)
-    length, encoder = own.pop("max_length", None), _encoder(own)
+    length, encoder, most = own.pop("max_length", None), _encoder(own), own.pop("most_steps", None)
+    if most is not None and _steps([str(e.label) for e in train], own.get("batch_size", 16)) > most:
+        own["max_steps"] = most
     set_seed(seed)
     body = SentenceTransformer(encoder, device="cpu")
     if length is not None:
@@ -53,9 +57,12 @@ def setfit(
         begun = _cpu_seconds()
         Trainer(model=model, args=arguments, train_dataset=rows).train()
         seconds = _cpu_seconds() - begun
-    found = [str(label) for label in model.predict(_texts(test), show_progress_bar=False)]
+    chances = torch.as_tensor(model.predict_proba(_texts(test), show_progress_bar=False))
+    sure, best = chances.max(1)
+    names = [labels[n] for n in model.model_head.classes_]
     trained = sum(p.numel() for p in body.parameters())
-    return found, {"cpu_seconds": seconds, "trainable": trained, "bytes": 4 * trained}
+    told = {"cpu_seconds": seconds, "trainable": trained, "bytes": 4 * trained, "confidence": sure.tolist()}
+    return [names[n] for n in best.tolist()], told
 
 
 def lora_head(
@@ -138,12 +145,20 @@ def _classified(
         schedule.step()
     seconds = _cpu_seconds() - begun
     encoder.eval()
-    found: list[str] = []
     with torch.inference_mode():
-        for start in range(0, len(test), 64):
-            found += [labels[n] for n in logits(_texts(test[start : start + 64])).argmax(1).tolist()]
+        parts = [logits(_texts(test[start : start + 64])) for start in range(0, len(test), 64)]
+    sure, best = torch.cat(parts).max(1)
     count = sum(p.numel() for p in [*trained, *head.parameters()])
-    return found, {"cpu_seconds": seconds, "trainable": count, "bytes": 4 * count}
+    told = {"cpu_seconds": seconds, "trainable": count, "bytes": 4 * count, "confidence": sure.tolist()}
+    return [labels[n] for n in best.tolist()], told
+
+
+def _steps(labels: Sequence[str], batch_size: int) -> int:
+    """Of an epoch of SetFit: as many pairs alike (a text with itself is one) as not, the fewer ones repeated."""
+    counts = Counter(labels).values()
+    alike = sum(n * (n + 1) // 2 for n in counts)
+    unlike = (sum(counts) ** 2 - sum(n * n for n in counts)) // 2
+    return -(-2 * max(alike, unlike) // batch_size)
 
 
 def _regression() -> Any:
