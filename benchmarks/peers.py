@@ -6,7 +6,6 @@ setfit peft` first. An encoder of another name or folder is the option `encoder`
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,9 +16,12 @@ from torch import Tensor, nn
 
 from deltaprompt import Example
 from deltaprompt.backbone.demo import demo_folder
+from deltaprompt.errors import ConfigError, nearest
+from deltaprompt.study.calling import cpu_seconds
+from deltaprompt.study.probe import largest
 
 Found = tuple[list[str], dict[str, Any]]  # the labels of the test rows; what that took, and how sure each is
-PARTS = {"bert": ["query", "key", "value", "dense"]}  # every linear map of a layer, as peft selects them
+LINEAR = ["query", "key", "value", "dense"]  # every linear map of a BERT layer, as peft selects them
 
 
 def setfit(
@@ -54,15 +56,15 @@ def setfit(
         arguments = TrainingArguments(
             output_dir=folder, seed=seed, save_strategy="no", logging_strategy="no", show_progress_bar=False, **own
         )
-        begun = _cpu_seconds()
+        begun = cpu_seconds()
         Trainer(model=model, args=arguments, train_dataset=rows).train()
-        seconds = _cpu_seconds() - begun
-    chances = torch.as_tensor(model.predict_proba(_texts(test), show_progress_bar=False))
-    sure, best = chances.max(1)
-    names = [labels[n] for n in model.model_head.classes_]
-    trained = sum(p.numel() for p in body.parameters())
-    told = {"cpu_seconds": seconds, "trainable": trained, "bytes": 4 * trained, "confidence": sure.tolist()}
-    return [names[n] for n in best.tolist()], told
+        seconds = cpu_seconds() - begun
+    states = model.encode(_texts(test), show_progress_bar=False)
+    head = model.model_head
+    trained = sum(p.numel() for name, p in body.named_parameters() if "pooler" not in name)  # which the mean leaves out
+    trained += head.coef_.size + head.intercept_.size
+    told = {"cpu_seconds": seconds, "trainable": trained, "bytes": 4 * trained}
+    return [labels[n] for n in head.predict(states)], {**told, "confidence": largest(head, states).tolist()}
 
 
 def lora_head(
@@ -80,7 +82,7 @@ def lora_head(
     rank = own.pop("rank", 8)
 
     def adapted(encoder: nn.Module) -> nn.Module:
-        asked = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=PARTS[encoder.config.model_type])
+        asked = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LINEAR)
         return peft.get_peft_model(encoder, asked)
 
     return _classified(adapted, train, test, labels, seed, {"learning_rate": 1e-3, "head_rate": 1e-2, **own})
@@ -114,11 +116,14 @@ def _classified(
     """
     from transformers import AutoModel, AutoTokenizer, get_linear_schedule_with_warmup, set_seed
 
-    own = {"epochs": 20, "least_steps": 60, "batch_size": 16, "max_length": 256, "weight_decay": 0.01, **options}
+    known = {"epochs": 20, "least_steps": 60, "batch_size": 16, "max_length": 256, "weight_decay": 0.01}
+    own = {**known, **options}
     folder = _encoder(own)
+    if odd := sorted(own.keys() - known.keys() - {"learning_rate", "head_rate"}):
+        raise ConfigError(f"there is no option {odd[0]!r}{nearest(odd[0], list(known))}")
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    encoder = adapted(AutoModel.from_pretrained(folder))
+    encoder = adapted(AutoModel.from_pretrained(folder, add_pooling_layer=False))
     head = nn.Linear(encoder.config.hidden_size, len(labels))
     trained = [p for p in encoder.parameters() if p.requires_grad]
     gold = torch.tensor([labels.index(str(e.label)) for e in train])
@@ -128,7 +133,7 @@ def _classified(
         states, there = encoder(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(2).float()
         return head((states * there).sum(1) / there.sum(1))
 
-    begun, size = _cpu_seconds(), own["batch_size"]
+    begun, size = cpu_seconds(), own["batch_size"]
     rates = ((trained, own["learning_rate"]), (list(head.parameters()), own["head_rate"]))
     optimizer = torch.optim.AdamW([{"params": p, "lr": r} for p, r in rates], weight_decay=own["weight_decay"])
     steps = max(own["least_steps"], own["epochs"] * -(-len(train) // size))
@@ -143,7 +148,7 @@ def _classified(
         nn.utils.clip_grad_norm_([*trained, *head.parameters()], 1.0)
         optimizer.step()
         schedule.step()
-    seconds = _cpu_seconds() - begun
+    seconds = cpu_seconds() - begun
     encoder.eval()
     with torch.inference_mode():
         parts = [logits(_texts(test[start : start + 64])) for start in range(0, len(test), 64)]
@@ -173,7 +178,3 @@ def _encoder(options: dict[str, Any]) -> str:
 
 def _texts(rows: Sequence[Example]) -> list[str]:
     return [row.fields["text"] for row in rows]
-
-
-def _cpu_seconds() -> float:
-    return sum(os.times()[:4])

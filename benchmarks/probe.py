@@ -31,7 +31,11 @@ def main() -> None:
         support = list(Deal(recipe, train, None)(seed)[0])
         states = embedded(backbone, support, recipe.task.max_length)
         each.append(float(regression(states, [e.label for e in support]).score(tested, gold)))
-    print(json.dumps({"mean": statistics.fmean(each), "std": statistics.stdev(each), "each": each}))
+    print(
+        json.dumps(
+            {"mean": statistics.fmean(each), "std": statistics.stdev(each) if len(each) > 1 else 0.0, "each": each}
+        )
+    )
 
 
 if __name__ == "__main__":

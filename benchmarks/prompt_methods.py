@@ -32,7 +32,7 @@ from deltaprompt.verbalizers.proto_verb import ProtoVerb
 
 ROOT = Path("../shared/data")
 LISTS = ROOT / "verbalizers_templates/TextClassification"
-PROBE = "frozen probe"
+PROBES = {"frozen probe": False, "frozen probe, with the dev rows": True}  # whether it learns from these too
 SHOTS, SEEDS = (0, 1, 4, 16), (0, 1, 2, 3, 4)
 EVERYWHERE = ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.up", "ffn.down")
 HEADS = dp.Training(epochs=30, verbalizer_learning_rate=1e-2)  # of what trains on frozen states alone (DecT, ProtoVerb)
@@ -196,12 +196,16 @@ def measured(model: dp.Model, slot: int, test: Sequence[dp.Example], moves: bool
     return float((found == gold).float().mean())
 
 
-def probed(encoder: Backbone, data: Data, shots: int, test: Sequence[dp.Example]) -> list[float]:
-    """The frozen baseline: logistic regression on mean-pooled sentence embeddings of the published encoder."""
+def probed(encoder: Backbone, data: Data, shots: int, test: Sequence[dp.Example], more: bool) -> list[float]:
+    """The frozen baseline: logistic regression on mean-pooled sentence embeddings of the published encoder.
+
+    With `more` it learns from the rows too by which other methods choose their best.
+    """
     train, gold = data.rows("train"), [e.label for e in test]
     tested, each = embedded(encoder, test, data.length), list[float]()
     for seed in SEEDS:
-        support, _ = dp.few_shot(train, shots, seed)
+        support, dev = dp.few_shot(train, shots, seed)
+        support += dev if more else []
         each.append(
             float(regression(embedded(encoder, support, data.length), [e.label for e in support]).score(tested, gold))
         )
@@ -224,8 +228,9 @@ def cells(
             for method in (m for m in METHODS if k or m.zero):
                 if f"{data.name}/{method.name}/{k}" not in done:
                     yield told(data, method.name, k, limit, backbone, accuracies(backbone, data, method, k, test))
-            if k and f"{data.name}/{PROBE}/{k}" not in done:
-                yield told(data, PROBE, k, limit, encoder, probed(encoder, data, k, test))
+            for name, more in PROBES.items():
+                if k and f"{data.name}/{name}/{k}" not in done:
+                    yield told(data, name, k, limit, encoder, probed(encoder, data, k, test, more))
 
 
 def told(
@@ -254,7 +259,7 @@ def table(found: Mapping[str, Mapping[str, object]], names: Sequence[str], shots
     lines = ["| shots | | " + " | ".join(names) + " | mean |", "| --- |" + " --- |" * (len(names) + 2)]
     for k in shots:
         rows = {
-            m: [each_of(found.get(f"{name}/{m}/{k}")) for name in names] for m in (*(m.name for m in METHODS), PROBE)
+            m: [each_of(found.get(f"{name}/{m}/{k}")) for name in names] for m in (*(m.name for m in METHODS), *PROBES)
         }
         rows = {m: cells for m, cells in rows.items() if any(cells)}
         columns = [

@@ -154,6 +154,19 @@ def test_several_seeds_and_the_best_of_them(tiny, reviews, tmp_path):
     assert done.stdout.count("\n") == 1
 
 
+def test_the_newest_in_a_folder_answers(tiny, reviews, tmp_path):
+    arguments = ("fit", *columns(reviews), "--backbone", tiny, *SHORT, "--no-dev", "--out", tmp_path)
+    succeeds(*arguments, "--seeds", "0")
+    assert "seed" not in succeeds("predict", tmp_path, "-", stdin="fine\n").stderr
+    succeeds(*arguments, "--seeds", "5-6")
+    assert "holds several seeds; this is seed-5" in succeeds("predict", tmp_path, "-", stdin="fine\n").stderr
+
+
+def test_a_verbalizer_that_begins_by_chance_needs_shots(tiny, reviews):
+    told = fails("fit", *columns(reviews), "--backbone", tiny, "--shots", 0, "--verbalizer", "soft")
+    assert "SoftVerbalizer begins by chance and needs examples; give shots, or words" in told
+
+
 def test_without_a_test_file_and_without_a_folder(tiny, reviews):
     arguments = ("fit", *columns(reviews), "--backbone", tiny, *SHORT)
     told = last_json(succeeds(*arguments, "--no-dev", "--json"))

@@ -42,6 +42,7 @@ from deltaprompt.study.bootstrap import Metric, accuracy, drawn, macro_f1, seen
 from deltaprompt.study.cells import FILE, Cell, Key
 from deltaprompt.study.comparison import marks
 from deltaprompt.study.data import Shots
+from deltaprompt.study.probe import regression
 from deltaprompt.study.trained import answers
 from deltaprompt.types import Example
 from tests import backbones_zoo as zoo
@@ -193,6 +194,30 @@ class Place:
     mean: float | None
     error: float = 0.0
     whole: bool = True
+
+
+def test_the_error_of_a_mean_over_shots_counts_seeds_not_columns() -> None:
+    found = compared(*(Fixed("m", wrong=n) for n in (1,)), shots=[1, 2])
+    (total,) = found.totals
+    sums = [sum(f.each[seed] for f in found.figures) / 2 for seed in range(3)]
+    assert total.error == pytest.approx(np.std(sums, ddof=1) / 3**0.5)
+
+
+def test_the_probe_of_a_label_with_one_row() -> None:
+    states = np.eye(8)[[0, 0, 0, 0, 0, 0, 0, 1]] * 9 + np.arange(64).reshape(8, 8) / 1000
+    fitted = regression(states, ["a"] * 7 + ["b"])
+    assert fitted.C == 1.0
+    assert set(fitted.predict(states)) == {"a", "b"}
+
+
+def test_what_begins_by_chance_is_not_asked_at_zero_shots() -> None:
+    backbone = zoo.build("bert-encoder")
+    each = {
+        name: dp.Task("{text}", ("b", "g"), v)
+        for name, v in {"soft": dp.SoftVerbalizer(), "sphere": dp.Prototypes()}.items()
+    }
+    entries = {name: Trained(name, backbone, task).entry(DATA) for name, task in each.items()}
+    assert [entry.zero_shot for entry in entries.values()] == [False, True]
 
 
 def test_the_best_and_what_is_within_its_standard_error() -> None:

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import deltaprompt as dp
 from deltaprompt.data import class_episodes, sentence_episodes
-from deltaprompt.data.episodes import Episode
+from deltaprompt.data.episodes import Episode, split_by_span_label
 from deltaprompt.data.tagged import of_words
 from deltaprompt.errors import ConfigError, DataError, StoreError
 from deltaprompt.model import Model
@@ -327,6 +327,35 @@ def test_episodes_of_spans_at_the_command_line(tmp_path):
     assert "test F1" in done.stdout
     assert "mean ± std" in done.stdout
     assert "2 ways, 1 shots, NNShot, LoRA" in done.stderr
+
+
+def test_no_sentence_is_trained_on_and_measured():
+    rows = [of_words(["Ann", str(n), "Rome"], [Span(0, 1, "per"), Span(2, 3, "loc")]) for n in range(20)]
+    train, test = split_by_span_label([*rows, of_words(["Bob"], [Span(0, 1, "per")])])
+    assert (len(train), len(test)) == (10, 11)
+    assert not {row.fields["text"] for row in train} & {row.fields["text"] for row in test}
+    assert {span.label for row in train for span in row.spans} == {"loc"}
+    assert {span.label for row in test for span in row.spans} == {"per"}
+
+
+def test_steps_legacy_and_what_is_no_part_of_episodes(csv, tmp_path):
+    rows = [
+        {"tokens": [a, w, "was", b], "tags": ["O", f"B-{name}", "O", "O"]}
+        for name, w in WORDS.items()
+        for a in ("the", "a", "some")
+        for b in ("good", "bad", "not", "great")
+    ]
+    data = files.rows(tmp_path / "a.jsonl", *rows)
+    recipe = f'[data]\ntrain = "{data}"\n[training]\nsteps = 1\n[episodes]\nspans = true\nways = 2\ntest = 9\n'
+    path = files.written(tmp_path / "a.toml", recipe + "train = 4\nlegacy = true\n")
+    command.succeeds("episodes", path, "--out", tmp_path / "out", "--delta", "bitfit")
+    record = json.loads((tmp_path / "out" / "adaptation.json").read_text())
+    assert record["episodic"]["legacy"] is True
+    assert record["training"]["run"]["steps"] == 1
+    path = files.written(tmp_path / "b.toml", f'[data]\ntrain = "{csv}"\n[task]\nseveral = true\n')
+    assert "several in [task] is not for episodes" in command.fails("episodes", path)
+    path = files.written(tmp_path / "b.toml", f'[data]\ntrain = "{csv}"\n[masks]\n')
+    assert "[masks] is not for episodes" in command.fails("episodes", path)
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,15 @@ def test_split_is_stratified(task: tuple[list[Example], int], fraction: float, s
         assert abs(held_out[name] - fraction * count) <= 1
 
 
+def test_no_row_of_the_dev_set_is_a_training_row_too() -> None:
+    twins = [Example({"text": f"{n % 30}"}, label) for n in range(40) for label in "ab"]
+    for train, dev in (split(twins, 0.3, 1), few_shot(twins, 2, 3)):
+        assert dev
+        assert not {e.fields["text"] for e in train} & {e.fields["text"] for e in dev}
+    with pytest.raises(DataError, match="every row that could be in the dev set is in the training set too"):
+        split([Example({"text": "same"}, label) for label in "aaabbb"], 0.3, 0)
+
+
 def test_split_keeps_a_single_row_for_training() -> None:
     train, dev = split(rows(a=1, b=10), 0.5, seed=0)
     assert counted(train) == {"a": 1, "b": 5}

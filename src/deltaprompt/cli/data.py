@@ -7,11 +7,11 @@ from typing import Any
 
 from deltaprompt.cli import entities
 from deltaprompt.cli.console import note
-from deltaprompt.cli.recipe import DataTable, Recipe, pairs
-from deltaprompt.data import few_shot, labels_of, read, read_relations, read_texts, split
+from deltaprompt.cli.recipe import DataTable, Recipe, TaskTable, pairs
+from deltaprompt.data import labels_of, read, read_relations, read_texts, split
 from deltaprompt.data.formats import HUB
 from deltaprompt.data.readers import STDIN
-from deltaprompt.data.samplers import DEV_SHARE
+from deltaprompt.data.samplers import dealt
 from deltaprompt.defaults import TEMPLATES
 from deltaprompt.errors import ConfigError, DataError, nearest
 from deltaprompt.templates import parse
@@ -82,20 +82,32 @@ def _asked(given: Mapping[str, Any]) -> DataTable:
 
 def apart(asked: DataTable, train: list[Example]) -> tuple[Sequence[Example], Sequence[Example] | None]:
     """The training rows, and the share of them that is kept to measure on, where one is asked for."""
-    if asked.test_share is None:
-        return train, None
-    if asked.test is not None:
+    share = test_share(asked)
+    return (train, None) if share is None else split(train, share, 0)
+
+
+def test_share(asked: DataTable) -> float | None:
+    """The share of the training rows to measure on, where there is no file for it."""
+    if asked.test_share is not None and asked.test is not None:
         raise ConfigError(
             f"test = {asked.test!r} and test_share = {asked.test_share} were both given; give one of them"
         )
-    return split(train, asked.test_share, 0)
+    return asked.test_share
 
 
-def refuse(asked: DataTable, keys: Sequence[str], where: str) -> None:
-    """Raises where the data's table has a key that nothing would be done with."""
+def refuse(asked: DataTable | TaskTable, keys: Sequence[str], where: str) -> None:
+    """Raises where a table has a key that nothing would be done with."""
+    table = "data" if isinstance(asked, DataTable) else "task"
     for key in keys:
-        if vars(asked)[key] != vars(DataTable())[key]:
-            raise ConfigError(f"{key} in [data] is not for {where}; leave it out")
+        if vars(asked)[key] != vars(type(asked)())[key]:
+            raise ConfigError(f"{key} in [{table}] is not for {where}; leave it out")
+
+
+def refuse_tables(recipe: Recipe, names: Sequence[str], where: str) -> None:
+    """Raises where a recipe has a table that nothing would be done with."""
+    for name in names:
+        if vars(recipe)[name] is not None:
+            raise ConfigError(f"[{name}] is not for {where}; leave it out")
 
 
 class Deal:
@@ -111,15 +123,10 @@ class Deal:
 
         With 0 shots none: their texts are then the unlabelled ones.
         """
-        held = self.dev is None and self.recipe.data.hold_out
-        train, dev = self.train, list[Example]()
         if self.recipe.shots == 0:
             return [], None
-        if self.recipe.shots is not None:
-            train, dev = few_shot(self.train, self.recipe.shots, seed, dev=held)
-        elif held:
-            train, dev = split(self.train, DEV_SHARE, seed)
-        return train, (dev if held else self.dev) or None
+        train, dev = dealt(self.train, self.dev, self.recipe.shots, seed, self.recipe.data.hold_out)
+        return train, dev or None
 
 
 def fields_of(recipe: Recipe) -> frozenset[str]:

@@ -97,7 +97,6 @@ def _chosen(path: Path | None, given: Mapping[str, Any]) -> tuple[Recipe, Episod
     own = {**own, **{k: v for k, v in asked.items() if v is not None}} if isinstance(own, Mapping) else own
     table = table_of(EpisodesTable, own, f"[{TABLE}]")
     deltas, verbalizer = given["delta"], given["verbalizer"]
-    training = {name: given[name] for name in ("epochs", "batch_size", "learning_rate", "precision")}
     over = {
         "backbone": {"name": given["backbone"], "device": given["device"], "dtype": given["dtype"]},
         "task": {
@@ -106,25 +105,28 @@ def _chosen(path: Path | None, given: Mapping[str, Any]) -> tuple[Recipe, Episod
             "max_length": given["max_length"],
         },
         "data": {"train": given["data"], **{name: given[name] for name in ("test", "dev", "text", "label")}},
-        "training": training,
+        "training": {n: given[n] for n in ("epochs", "batch_size", "learning_rate", "precision")},
         "deltas": [] if deltas == ["none"] else [variant_of("deltas", each) for each in deltas] if deltas else None,
         **{name: given[name] for name in ("seeds", "together", "out")},
     }
     merged = overlaid({"training": {}, **tables}, over)
-    merged["training"] = {"epochs": 1, "batch_size": BATCH, **merged["training"]}
+    training = merged["training"]
+    merged["training"] = {"batch_size": BATCH, **({} if "steps" in training else {"epochs": 1}), **training}
     return build(merged), table
 
 
 def _run(recipe: Recipe, table: EpisodesTable, resume: bool) -> SeedsResult:
     """Loads, trains on episodes of some labels, and measures on episodes of others."""
-    from deltaprompt.cli.data import refuse
+    from deltaprompt.cli.data import refuse, refuse_tables
     from deltaprompt.cli.seeds import called, deltas_of, fit_recipe
     from deltaprompt.cli.task import loaded
     from deltaprompt.model.learner import Learner
 
-    if recipe.grid.axes or recipe.shots is not None or recipe.generation or recipe.tagging or recipe.pairs:
-        raise ConfigError("episodes have shots in [episodes] and labels of their own; leave other shots and tables out")
+    if recipe.grid.axes or recipe.shots is not None:
+        raise ConfigError("episodes have shots in [episodes] and labels of their own; leave other shots and [grid] out")
+    refuse_tables(recipe, ("generation", "tagging", "masks", "pairs"), "episodes")
     refuse(recipe.data, ("test_share", "unlabelled", "hold_out", "types", "seen"), "episodes")
+    refuse(recipe.task, ("labels", "order", "calibration", "several"), "episodes, whose labels are their own")
     asked = _episodic(recipe, table)
     pools = Pools.of(recipe, table, asked)
     if table.structured:
@@ -154,4 +156,5 @@ def _episodic(recipe: Recipe, table: EpisodesTable) -> Episodic:
     own = recipe.task.verbalizer
     more = {} if own is None else {"verbalizer": registry.from_description("verbalizers", own)}
     template, t = recipe.task.template or "{text}", table
-    return Episodic(template, spans=t.spans, max_length=recipe.task.max_length, steps=t.steps, rate=t.rate, **more)
+    length = recipe.task.max_length
+    return Episodic(template, spans=t.spans, max_length=length, steps=t.steps, rate=t.rate, legacy=t.legacy, **more)

@@ -180,6 +180,8 @@ def _run(recipe: Recipe, resume: bool) -> SeedsResult | GridResult:
         )
     task, deal = task_for(recipe.task, backbone, names_of(recipe.data, train)), Deal(recipe, train, dev)
     _check(recipe, task.names, test, dev)
+    if recipe.shots == 0:
+        _check_unlearned(backbone, task)
     told(recipe, [task], deltas, backbone.kind)
     return fit_recipe(
         recipe, lambda seeds: _with_masks(recipe, Model(backbone, task, deltas, seeds)), deal, test, resume, unlabelled
@@ -192,6 +194,20 @@ def _check(recipe: Recipe, names: Sequence[str], test: Sequence[Example] | None,
 
     check_labels(test, names, recipe.data.test or recipe.data.train)
     check_labels(dev, names, recipe.data.dev)
+
+
+def _check_unlearned(backbone: Backbone, task: Task) -> None:
+    """Raises where answers without any example would be chance."""
+    from deltaprompt.model import Model
+    from deltaprompt.model.starting import by_chance
+
+    model = Model(backbone, task, (), (0, 1))
+    try:
+        name = by_chance(model)
+    finally:
+        model.adapted.remove()
+    if name is not None:
+        raise ConfigError(f"{name} begins by chance and needs examples; give shots, or words: --verbalizer label_words")
 
 
 def _with_masks(recipe: Recipe, model: Model) -> Model | WithMasks:

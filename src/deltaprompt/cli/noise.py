@@ -39,7 +39,8 @@ def noise(
     order = sorted(range(len(examples)), key=lambda n: -scores[n])
     if as_json:
         for n in order:
-            console.print_json({"row": n + 1, "noise": scores[n], "label": examples[n].label, **examples[n].fields})
+            told = {"row": n + 1, "noise": scores[n], "label": examples[n].label, "fields": dict(examples[n].fields)}
+            console.print_json(told)
         return
     shown = [
         [f"{n + 1}", f"{scores[n]:.3f}", str(examples[n].label), " ".join(examples[n].fields.values())[:80]]

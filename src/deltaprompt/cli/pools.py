@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from deltaprompt.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from deltaprompt.cli.recipe import Recipe
+    from deltaprompt.cli.recipe import DataTable, Recipe
     from deltaprompt.data.episodes import Episode
     from deltaprompt.model.episodic import Episodic
     from deltaprompt.model.transitions import Moves
@@ -38,7 +38,7 @@ class EpisodesTable:
     legacy: bool = False  # whether spans are counted as Few-NERD's code does
 
 
-def rows(source: str, asked: Episodic, text: str | None = None, label: str = "label") -> list[Example]:
+def rows(source: str, asked: Episodic, data: DataTable | None = None) -> list[Example]:
     """The labelled rows of a file: texts with spans, relations, or texts with labels."""
     from deltaprompt.cli import tagging
     from deltaprompt.cli.data import rows as read_rows
@@ -47,7 +47,7 @@ def rows(source: str, asked: Episodic, text: str | None = None, label: str = "la
 
     if asked.spans:
         return tagging.rows(source)
-    return read_rows(source, DataTable(text=text, label=label), parse(asked.template).fields, "train")
+    return read_rows(source, data or DataTable(), parse(asked.template).fields, "train")
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Pools:
 
         data = recipe.data
         files = (training_file(recipe), data.dev, data.test)
-        train, dev, test = ([] if file is None else _read(file, asked, data.text, data.label) for file in files)
+        train, dev, test = ([] if file is None else _read(file, asked, data) for file in files)
         if not test:
             train, test = _divided(train, table.label_share, asked.spans)
         if not dev and not _whole(train):
@@ -90,7 +90,7 @@ class Pools:
             raise DataError(f"{role} rows: {error}{none}") from error
 
 
-def _read(source: str, asked: Episodic, text: str | None, label: str) -> Sequence[Any]:
+def _read(source: str, asked: Episodic, data: DataTable) -> Sequence[Any]:
     """The rows of a file, or its episodes."""
     from deltaprompt.data.columns import in_columns
     from deltaprompt.data.episodes import read_episodes
@@ -100,7 +100,7 @@ def _read(source: str, asked: Episodic, text: str | None, label: str) -> Sequenc
         first = next(rows_of(source, None), None)
         if first is not None and {"support", "query"} <= first.values.keys():
             return list(read_episodes(source))
-    return rows(source, asked, text, label)
+    return rows(source, asked, data)
 
 
 def _whole(pool: Sequence[Any]) -> bool:
@@ -111,21 +111,12 @@ def _whole(pool: Sequence[Any]) -> bool:
 
 
 def _divided(pool: Sequence[Any], share: float, spans: bool) -> tuple[Sequence[Any], Sequence[Any]]:
-    """Rows of some labels, and those of the others; the division does not depend on a seed."""
-    from deltaprompt.data.episodes import limited_to, split_by_label
-    from deltaprompt.data.tagged import span_labels
+    """Rows of some labels, and others of the other labels; the division does not depend on a seed."""
+    from deltaprompt.data.episodes import split_by_label, split_by_span_label
 
     if _whole(pool):
         raise ConfigError("a file of episodes to train on needs another to measure on; give --test FILE")
-    if not spans:
-        return split_by_label(pool, 0, share)
-    names = span_labels(pool)
-    count = min(max(round(share * len(names)), 1), len(names) - 1)
-    if count < 1:
-        raise DataError("all spans have one label; a division by labels needs two labels or more")
-    return tuple(  # type: ignore[return-value]
-        [row for row in limited_to(pool, some) if row.spans] for some in (names[:count], names[count:])
-    )
+    return split_by_span_label(pool, share) if spans else split_by_label(pool, 0, share)
 
 
 def _for_dev(pool: Sequence[Any], table: EpisodesTable, spans: bool) -> tuple[Sequence[Any], Sequence[Any]]:

@@ -30,7 +30,7 @@ BATCHES_AT_ONCE = 8  # sorted by length together; more would make a slow pipe wa
 Source = Annotated[
     str,
     typer.Argument(
-        help="Texts to label or prompts, in any format that fit reads or .txt; - for standard input.",
+        help="Texts to label or prompts, a file in any format that fit reads or .txt; - for standard input.",
         metavar="[FILE|-]",
     ),
 ]
@@ -172,12 +172,12 @@ def _told(learner: Learner, folder: Path, support: str | None) -> Model | Tagger
 
 def settled(folder: Path) -> Path:
     """The folder itself, or the best one's within it, where the newest of what is there are seeds or a grid."""
-    from deltaprompt.store import holds_adaptation
+    from deltaprompt.store import JSON, holds_adaptation
 
-    several = [folder / name for name in BEST if (folder / name).is_file()]
-    if holds_adaptation(folder) or not several:
+    found = [folder / name for name in (JSON, *BEST) if (folder / name).is_file()]
+    newest = max(found, key=lambda path: path.stat().st_mtime, default=folder / JSON)
+    if newest.name == JSON:
         return folder
-    newest = max(several, key=lambda path: path.stat().st_mtime)
     what, best_in = BEST[newest.name]
     try:
         best = folder / best_in(json.loads(newest.read_text()))

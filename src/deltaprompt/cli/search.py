@@ -78,13 +78,14 @@ def search(
 
 def _run(recipe: Recipe, own: Mapping[str, Any], trains: bool, resume: bool) -> Draws:
     """Searches on every seed's rows, and only then reads the test rows."""
-    from deltaprompt.cli.data import Deal, apart, fields_of, names_of, refuse, rows, training_file
+    from deltaprompt.cli.data import Deal, apart, fields_of, names_of, refuse, refuse_tables, rows, training_file
     from deltaprompt.cli.task import loaded, task_for
     from deltaprompt.data.formats import HUB
     from deltaprompt.search import Draws
 
     kind, options = _search_of(own, recipe, trains)
     refuse(recipe.data, ("unlabelled", "seen"), "a search")
+    refuse_tables(recipe, ("tagging", "masks"), "a search")
     source, fields, test = training_file(recipe), fields_of(recipe), recipe.data.test
     if test is not None and not test.startswith(HUB) and not Path(test).is_file():
         raise ConfigError(f"there is no file of test rows {test!r}; mend test in [data], or leave it out")

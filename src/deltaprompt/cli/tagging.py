@@ -46,19 +46,19 @@ def tables(given: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any
 
 def run(recipe: Recipe, table: TaggingTable, resume: bool) -> SeedsResult:
     """Loads, trains and measures."""
-    from deltaprompt.cli.data import training_file
+    from deltaprompt.cli.data import test_share, training_file
     from deltaprompt.cli.seeds import called, deltas_of, fit_recipe
     from deltaprompt.cli.task import loaded
     from deltaprompt.data import few_sentences, hold_out
-    from deltaprompt.data.samplers import DEV_SHARE
+    from deltaprompt.data.samplers import dealt
     from deltaprompt.data.tagged import span_labels
     from deltaprompt.model.tagger import Tagger
 
     asked = recipe.data
     train: Sequence[Example] = rows(training_file(recipe))
     test: Sequence[Example] | None = None if asked.test is None else rows(asked.test)
-    if asked.test_share is not None:
-        train, test = hold_out(train, asked.test_share, 0)
+    if (share := test_share(asked)) is not None:
+        train, test = hold_out(train, share, 0)
     dev = None if asked.dev is None else rows(asked.dev)
     tagging = tagging_of(table, span_labels(train))
     backbone = loaded(dataclasses.replace(recipe.backbone, kind=recipe.backbone.kind or "encoder"))
@@ -69,13 +69,9 @@ def run(recipe: Recipe, table: TaggingTable, resume: bool) -> SeedsResult:
         f"{recipe.backbone.name}: {len(tagging.types)} types of spans ({types}), "
         f"{tagging.scheme}, {called(recipe, deltas)}, {head}, {len(train):,} texts"
     )
-    held = dev is None and asked.hold_out
 
     def deal(seed: int) -> tuple[Sequence[Example], Sequence[Example] | None]:
-        if recipe.shots is not None:
-            some, others = few_sentences(train, recipe.shots, seed, dev=held)
-            return some, others if held else dev
-        return hold_out(train, DEV_SHARE, seed) if held else (train, dev)
+        return dealt(train, dev, recipe.shots, seed, asked.hold_out, few_sentences, hold_out)
 
     return fit_recipe(recipe, lambda seeds: Tagger(backbone, tagging, deltas, seeds), deal, test, resume)
 

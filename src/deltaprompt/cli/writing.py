@@ -40,7 +40,7 @@ def run(recipe: Recipe, generation: Generation | Chat, resume: bool) -> SeedsRes
     from deltaprompt.cli.seeds import called, deltas_of, fit_recipe
     from deltaprompt.cli.task import loaded
     from deltaprompt.data import grouped, hold_out, told_apart
-    from deltaprompt.data.samplers import DEV_SHARE
+    from deltaprompt.data.samplers import dealt
     from deltaprompt.model.generation import Generation
     from deltaprompt.model.generator import Generator
 
@@ -56,7 +56,7 @@ def run(recipe: Recipe, generation: Generation | Chat, resume: bool) -> SeedsRes
     console.note(f"{recipe.backbone.name}: texts {what}, {called(recipe, deltas)}, {len(train):,} rows")
 
     def deal(seed: int) -> tuple[Sequence[Example], Sequence[Example] | None]:
-        return (train, dev) if dev is not None or not asked.hold_out else hold_out(train, DEV_SHARE, seed)
+        return dealt(train, dev, None, seed, asked.hold_out, apart=hold_out)
 
     return fit_recipe(recipe, lambda seeds: Generator(backbone, generation, deltas, seeds), deal, test, resume)
 

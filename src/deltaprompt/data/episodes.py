@@ -20,6 +20,7 @@ from random import Random
 from typing import Final
 
 from deltaprompt.data.formats import Row, rows_of
+from deltaprompt.data.pairs import given_of, hold_out
 from deltaprompt.data.readers import listing, texts_in
 from deltaprompt.data.samplers import by_class
 from deltaprompt.data.tagged import joiner_of, of_words, span_labels
@@ -161,6 +162,30 @@ def split_by_label(examples: Sequence[Example], seed: int, share: float = 0.5) -
     chosen = {names[i] for i in _drawn(count, len(names), Random(seed))}
     first, second = ([e for e in examples if (e.label in chosen) == side] for side in (True, False))
     return first, second
+
+
+def split_by_span_label(examples: Sequence[Example], share: float = 0.5) -> tuple[list[Example], list[Example]]:
+    """(first, second): texts with spans of the first labels, about `share` of them, and other texts with the others.
+
+    No text is in both: of those with spans of both sorts the first part has about `share`, and each has the spans of
+    its own labels alone.
+    """
+    names = span_labels(examples)
+    if len(names) < 2:
+        raise DataError("all spans have one label; a division by labels needs two labels or more")
+    count = min(max(int(share * len(names) + 0.5), 1), len(names) - 1)
+    own = frozenset(names[:count])
+    sorts = [{span.label in own for span in example.spans} for example in examples]
+    both = [example for example, sort in zip(examples, sorts, strict=True) if len(sort) == 2]
+    shared = hold_out(both, 1 - share, 0) if len(set(map(given_of, both))) > 1 else (both, [])
+    parts = []
+    for side, (more, some) in zip((True, False), zip(shared, (names[:count], names[count:]), strict=True), strict=True):
+        pure = [example for example, sort in zip(examples, sorts, strict=True) if sort == {side}]
+        found = [*pure, *more]
+        if not found:
+            raise DataError(f"every text with spans of {', '.join(some)} has others too, and is in the other part")
+        parts.append([replace(e, spans=tuple(s for s in e.spans if s.label in some)) for e in found])
+    return parts[0], parts[1]
 
 
 @dataclass(frozen=True, slots=True)

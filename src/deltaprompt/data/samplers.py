@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from random import Random
 from typing import TypeVar
 
+from deltaprompt.data.pairs import given_of
 from deltaprompt.data.readers import labels_of
 from deltaprompt.errors import ConfigError, DataError
 from deltaprompt.types import Example
@@ -25,7 +26,8 @@ def few_shot(examples: Sequence[Example], shots: int, seed: int, dev: bool = Tru
     """`shots` rows of each class to train on and, with `dev`, up to as many others of each (never none) to choose by.
 
     With one seed, the training rows of fewer shots are among those of more. Where rows have several labels, each label
-    takes its own, or all it has where these are fewer, and a row that is taken by several is there once.
+    takes its own, or all it has where these are fewer, and a row that is taken by several is there once. What has the
+    fields of a training row is not in the dev set.
     """
     if shots < 1:
         raise ConfigError(f"shots={shots}: a few-shot sample takes 1 row of each class or more")
@@ -35,6 +37,33 @@ def few_shot(examples: Sequence[Example], shots: int, seed: int, dev: bool = Tru
     return _deal(
         examples, classes.values(), seed, lambda count: (shots, min(shots, max(count - shots, 0)) if dev else 0)
     )
+
+
+def dealt(
+    train: Sequence[Example],
+    dev: Sequence[Example] | None,
+    shots: int | None,
+    seed: int,
+    hold_out: bool = True,
+    few: Callable[[Sequence[Example], int, int, bool], Dealt] = few_shot,
+    apart: Callable[[Sequence[Example], float, int], Dealt] | None = None,
+) -> tuple[Sequence[Example], Sequence[Example] | None]:
+    """Rows to train on and rows to choose by: where there are none of these, some are kept from training.
+
+    Args:
+        train: what is drawn from.
+        dev: rows to choose by, where there are some.
+        shots: of each class, and as many to choose by; all rows where not given, of which a tenth is held out.
+        seed: of the draws.
+        hold_out: whether rows may be kept from training.
+        few: how shots are drawn.
+        apart: how a share is held out; class by class where not given.
+    """
+    held = dev is None and hold_out
+    if shots is not None:
+        some, others = few(train, shots, seed, held)
+        return some, others if held else dev
+    return (apart or split)(train, DEV_SHARE, seed) if held else (train, dev)
 
 
 def few_sentences(examples: Sequence[Example], shots: int, seed: int, dev: bool = True) -> Dealt:
@@ -88,7 +117,8 @@ def _covering(
 def split(examples: Sequence[Example], fraction: float, seed: int) -> Dealt:
     """All rows as (train, dev): about `fraction` of each class is dev, at least one row of a class with two or more.
 
-    Where rows have several labels, those with the same labels are a class here.
+    What has the fields of a training row is left out of the dev set. Where rows have several labels, those with the
+    same labels are a class here.
     """
     if not 0 < fraction < 1:
         raise ConfigError(f"fraction={fraction}: the dev set's share lies between 0 and 1, for example 0.1")
@@ -157,8 +187,14 @@ def _deal(
     train = dict.fromkeys(number for rows, first, _ in mixed for number in rows[:first])
     left = [([number for number in rows if number not in train], second) for rows, _, second in mixed]
     dev = dict.fromkeys(number for rows, second in left for number in rows[:second])
-    dealt = [[examples[number] for number in _shuffled(list(some), generator)] for some in (train, dev)]
-    return dealt[0], dealt[1]
+    first, second = ([examples[number] for number in _shuffled(list(some), generator)] for some in (train, dev))
+    known = {given_of(example) for example in first}
+    unseen = [example for example in second if given_of(example) not in known]
+    if second and not unseen:
+        raise DataError(
+            "every row that could be in the dev set is in the training set too; add rows that are not alike"
+        )
+    return first, unseen
 
 
 def _shuffled(items: Sequence[T], generator: Random) -> list[T]:

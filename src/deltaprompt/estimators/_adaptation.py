@@ -5,6 +5,7 @@ A backbone carries the deltas of one estimator at a time; when another one is as
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -137,7 +138,7 @@ def place_of(backbone: Any, kind: Kind | None, device: Device) -> Place:
             f"backbone is {told(backbone)}; give its name, as in 'roberta-base', its folder, or 'demo': every process "
             "loads it by itself, once"
         )
-    where = str(Path(backbone).resolve()) if Path(backbone).is_dir() else str(backbone)
+    where = str(Path(backbone).resolve()) if os.path.isdir(backbone) else str(backbone)
     on = str(device or usual_device())
     if (where, kind, on, DTYPE) not in _PLACES:
         _check_device(on)

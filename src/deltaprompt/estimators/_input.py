@@ -79,6 +79,7 @@ def text_in(value: Any, at: str) -> str:
         return sound(str(value), at)
     number = isinstance(plain(value), int | float) and value == value
     mend = "write numbers as texts, str(…)" if number else "fill what is missing with a text, or leave the sample out"
+    mend = "join its words, ' '.join(…)" if isinstance(value, list | tuple) else mend
     raise InputError(f"{at} is {told(value)} and no text; {mend}")
 
 
@@ -139,6 +140,8 @@ def _family(value: Any, number: int) -> str:
     """What sort of label a value is."""
     match value:
         case str():
+            if not sound(str(value), f"y[{number}]").strip():
+                raise InputError(f"y[{number}] is {told(value)}, a blank label; name it, or leave the sample out")
             return "text"
         case bool() | int():
             return "number"
@@ -195,5 +198,11 @@ def words_for(given: Any, classes: NDArray[Any]) -> dict[str, Any] | None:
         if label not in known and name not in known:
             raise ParameterError(f"label_words has none for the class {label!r}{nearest(str(label), map(str, known))}")
         words = known[label if label in known else name]
+        if not isinstance(words, str) and not (
+            isinstance(words, list | tuple) and all(isinstance(w, str) for w in words)
+        ):
+            raise ParameterError(
+                f"label_words of the class {label!r} are {told(words)}; give a text or a list of texts"
+            )
         found[name] = words if isinstance(words, str) else tuple(words)
     return found

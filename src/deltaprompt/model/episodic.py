@@ -29,6 +29,7 @@ class Episodic:
         rate: of these steps.
         moves: how often tags followed one another in other data (StructShot); see `Tagging`.
         tau: τ of these moves.
+        legacy: whether spans are counted as Few-NERD's code does; see `span_metrics.flattened`.
     """
 
     template: str = "{text}"
@@ -39,6 +40,7 @@ class Episodic:
     rate: float = 0.1
     moves: Moves | None = None
     tau: float = 0.32
+    legacy: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.verbalizer, Started) or not self.verbalizer.labelled:
@@ -50,8 +52,8 @@ class Episodic:
             raise ConfigError(f"got steps={self.steps}, rate={self.rate}; possible: steps >= 0, rate above 0")
         if self.spans and self.template != "{text}":
             raise ConfigError(f"spans are looked for in texts as they are; got the template {self.template!r}")
-        if self.moves is not None and not self.spans:
-            raise ConfigError("moves are between the tags of words; give spans=True too, or leave them out")
+        if (self.moves is not None or self.legacy) and not self.spans:
+            raise ConfigError("moves and legacy are of the tags of words; give spans=True too, or leave them out")
 
     def task(self, labels: Sequence[str]) -> Task | Tagging:
         """The same for one episode's labels."""

@@ -200,9 +200,7 @@ class Learner(Wrapped):
         counts = [queries.counts_of(*own) for own in zip(rows, each, taggings, strict=True)]
         return {"f1": span_metrics.pooled(counts).f1, **told}
 
-    def evaluate(
-        self, examples: Sequence[Any], batch_size: int = 32, slot: int = 0, legacy: bool = False
-    ) -> dict[str, float]:
+    def evaluate(self, examples: Sequence[Any], batch_size: int = 32, slot: int = 0) -> dict[str, float]:
         """The mean accuracy of episodes, or the F1 pooled over them, and its 95 % interval (`low`, `high`).
 
         Of spans also precision, recall and Few-NERD's analysis of errors.
@@ -211,7 +209,6 @@ class Learner(Wrapped):
             examples: episodes.
             batch_size: texts in one pass; each is read once, however many episodes have it.
             slot: which adaptation.
-            legacy: whether spans are counted as Few-NERD's code does; see `span_metrics.flattened`.
         """
         if not examples:
             raise ConfigError("there are no episodes to evaluate on")
@@ -226,7 +223,7 @@ class Learner(Wrapped):
             lengths.append([len(text.words) for text in texts])
             gold.append([in_words(text) for text in texts])
             found.append(queries.spans_of(own.scores, windows, lengths[-1], self._tagging(episode.labels)))
-        return queries.span_measures(gold, found, lengths, legacy)
+        return queries.span_measures(gold, found, lengths, self.episodic.legacy)
 
     @torch.no_grad()
     def _measured(self, rows: Sequence[Encoded], batch_size: int, slot: int, module: nn.Module) -> list[Answered]:

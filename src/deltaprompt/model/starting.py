@@ -126,6 +126,17 @@ def check_ready(reader: Reader, place: int) -> None:
         )
 
 
+def by_chance(model: Model) -> str | None:
+    """The verbalizer, where its answers are chance until it has learned: it begins otherwise from every seed.
+
+    Args:
+        model: of one task, with two adaptations of different seeds and nothing learned.
+    """
+    reader = model.reader()
+    drawn = any(not tensor[0].equal(tensor[1]) for tensor in reader.scorer.tensors.values())
+    return type(reader.verbalizer).__name__ if drawn else None
+
+
 def check_started(reader: Reader, place: int) -> None:
     """Raises where the verbalizer has no start."""
     verbalizer, tensors = reader.verbalizer, reader.scorer.tensors

@@ -45,9 +45,9 @@ def answered(asked: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     train, test = _examples(asked["train"]), _examples(asked["test"])
     dev = None if asked["dev"] is None else _examples(asked["dev"])
-    begun = _cpu_seconds()
+    begun = cpu_seconds()
     given = function(train, dev, test, tuple(asked["labels"]), asked["seed"], asked["options"])
-    spent = _cpu_seconds() - begun
+    spent = cpu_seconds() - begun
     both = isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], Mapping)
     found, told = given if both else (given, {})
     if odd := sorted(set(told) - set(KINDS)):
@@ -60,7 +60,7 @@ def _examples(rows: Sequence[Any]) -> list[Example]:
     return [Example(fields, label) for fields, label in rows]
 
 
-def _cpu_seconds() -> float:
+def cpu_seconds() -> float:
     """User and system time of this process and of those that it started and that have ended."""
     return sum(os.times()[:4])
 

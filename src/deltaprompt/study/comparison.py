@@ -207,7 +207,7 @@ def _total(method: str, figures: Sequence[Figure], drawn_for: Sequence[Floats]) 
     return Total(
         method,
         statistics.fmean(means) if means else None,
-        math.sqrt(math.fsum(f.error**2 for f in has)) / max(len(has), 1),
+        _error(has),
         len(whole),
         len(figures),
         Difference.of(statistics.fmean(differences), np.mean(drawn_for, axis=0)) if differences else None,
@@ -216,6 +216,23 @@ def _total(method: str, figures: Sequence[Figure], drawn_for: Sequence[Floats]) 
         _range([cell.trainable for cell in cells]),
         _range([cell.bytes for cell in cells]),
     )
+
+
+def _error(figures: Sequence[Figure]) -> float:
+    """The standard error of the mean of figures.
+
+    Those of one data set share rows, fewer shots being among more: of each seed their mean is one draw. Data sets are
+    independent.
+    """
+    variances = list[float]()
+    for data in dict.fromkeys(f.data for f in figures):
+        several = [f for f in figures if f.data == data and len(f.cells) > 1]  # of 0 shots there is one seed
+        each = [dict(zip((cell.key.seed for cell in f.cells), f.each, strict=True)) for f in several]
+        common = set.intersection(*(set(own) for own in each)) if each else ()
+        sums = [math.fsum(own[seed] for own in each) for seed in common]
+        known = statistics.variance(sums) / len(sums) if len(sums) > 1 else math.fsum(f.error**2 for f in several)
+        variances.append(known)
+    return math.sqrt(math.fsum(variances)) / max(len(figures), 1)
 
 
 def _range(each: Sequence[int | None]) -> Range | None:

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from deltaprompt.calibrations._base import spread
-from deltaprompt.data import few_shot, labels_of, split
-from deltaprompt.data.samplers import DEV_SHARE
+from deltaprompt.data import labels_of
+from deltaprompt.data.samplers import dealt
 from deltaprompt.errors import ConfigError, DataError, nearest
 from deltaprompt.model.starting import unlabelled_of
 from deltaprompt.trainer.plan import told
@@ -53,8 +53,14 @@ class DataSet:
     def __post_init__(self) -> None:
         if not self.test:
             raise DataError(f"{self.name}: there are no test rows; a comparison needs some")
+        if not self.train:
+            raise DataError(
+                f"{self.name}: there are no training rows; give some, also where 0 shots alone are asked for"
+            )
         if not self.labels:
             object.__setattr__(self, "labels", labels_of(self.train))
+        if len(self.labels) < 2:
+            raise DataError(f"{self.name}: all rows have the label {self.labels[0]!r}; give rows of two labels or more")
         object.__setattr__(self, "outside", tuple(unlabelled_of(self.outside)))
         for role, rows in (("training", self.train), ("test", self.test), ("dev", self.dev or ())):
             self._check(role, rows)
@@ -101,13 +107,9 @@ class DataSet:
         """
         if shots == 0:
             return [], None
-        held = self.dev is None and self.hold_out
-        train, drawn = self.train, list[Example]()
-        if shots != "all":
-            train, drawn = few_shot(self.train, shots, seed, dev=held and dev)
-        elif held:
-            train, drawn = split(self.train, DEV_SHARE, seed)
-        return train, ((drawn if held else self.dev) or None) if dev else None
+        count = None if shots == "all" else shots
+        train, found = dealt(self.train, self.dev, count, seed, self.hold_out and (dev or count is None))
+        return train, (found or None) if dev else None
 
 
 def digest_of(parts: Sequence[str]) -> str:

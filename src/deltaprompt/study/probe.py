@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,8 +39,8 @@ def embedded(
 
 
 def regression(states: Tensor, labels: Sequence[str | None]) -> Any:
-    """The fitted classifier of a support, its C by cross-validation; of one example a class its C is 1."""
-    parts = min(FOLDS, len(labels) // len(set(labels)))
+    """The fitted classifier of a support, its C by cross-validation; where a class has one example it is 1."""
+    parts = min(FOLDS, *Counter(labels).values())
     if parts < 2:
         return LogisticRegression(max_iter=5000).fit(states, labels)
     folds = StratifiedKFold(parts, shuffle=True, random_state=0)

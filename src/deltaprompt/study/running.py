@@ -14,6 +14,7 @@ from deltaprompt.study.cells import FILE, Cell, Kept, key_of
 from deltaprompt.study.comparison import Comparison, Found, Place, comparison
 from deltaprompt.study.data import DataSet, Shots, called
 from deltaprompt.study.method import Entry, Method, Outcome
+from deltaprompt.trainer.possible import whole
 from deltaprompt.trainer.seeds import each_once
 
 Say = Callable[[str], None]
@@ -97,7 +98,7 @@ def check_asked(
             raise ConfigError(f"there is no {what}; a comparison has one or more")
         if twice := [name for i, name in enumerate(names) if name in names[:i]]:
             raise ConfigError(f"two {what}s are called {twice[0]!r}; give each a name of its own")
-    odd = [k for i, k in enumerate(shots) if k in shots[:i] or (k != "all" and k < 0)]
+    odd = [k for i, k in enumerate(shots) if k in shots[:i] or not (k == "all" or whole(k))]
     if not shots or odd:
         raise ConfigError(f'shots = {list(shots)}: each is 0, a number above it or "all", and there once')
     if baseline is not None and baseline not in methods:

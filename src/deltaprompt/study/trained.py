@@ -15,7 +15,7 @@ from deltaprompt.errors import ConfigError, DeltaPromptError
 from deltaprompt.model import Model, Task
 from deltaprompt.model.class_scores import class_scores
 from deltaprompt.model.label_metrics import auroc
-from deltaprompt.model.starting import unlabelled_of
+from deltaprompt.model.starting import by_chance, unlabelled_of
 from deltaprompt.study.data import Classes, DataSet, Sets, Shots
 from deltaprompt.study.method import Entry, Method, Outcome
 from deltaprompt.trainer import Plan, Progress, Run, Training
@@ -52,7 +52,7 @@ class Trained(Method):
 
     def entry(self, data: DataSet) -> Entry:
         task, settings = self._task(data), {n: v for n, v in asdict(self.training).items() if n not in FREE}
-        model = Model(self.backbone, task, self.deltas)
+        model = Model(self.backbone, task, self.deltas, (0, 1))
         try:
             features = model.features
             for label in data.labels:
@@ -60,10 +60,13 @@ class Trained(Method):
             if features.template.demos is None:  # else its rows stand beside others first
                 model.encode([data.train[0], data.test[0], *data.outside[:1]])
             learns = model.parameter_count() > 0 or objective_of(model).takes_examples(0)
+            zero_shot = by_chance(model) is None
         finally:
             model.adapted.remove()
         told = {"task": repr(task), "deltas": repr(list(self.deltas)), "training": settings, "dev": self.dev}
-        return Entry({"kind": "fit", "backbone": self.backbone.kind, **told}, self.backbone.fingerprint, True, learns)
+        return Entry(
+            {"kind": "fit", "backbone": self.backbone.kind, **told}, self.backbone.fingerprint, zero_shot, learns
+        )
 
     def ready(self) -> None:
         """Its entries are all that is checked."""

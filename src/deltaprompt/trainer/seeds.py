@@ -18,6 +18,7 @@ from deltaprompt.trainer.fitting import fit
 from deltaprompt.trainer.kept import note
 from deltaprompt.trainer.many import TOGETHER, train_many
 from deltaprompt.trainer.plan import Plan
+from deltaprompt.trainer.possible import whole
 from deltaprompt.trainer.progress import Progress
 from deltaprompt.trainer.run import Metrics, Run, rank
 from deltaprompt.trainer.training import Training
@@ -132,9 +133,11 @@ def _alone(model: Trainable, plan: Plan, out: Path | None, resume: bool, progres
 
 
 def each_once(seeds: Sequence[int]) -> None:
-    """Raises where there is no seed, or one twice."""
+    """Raises where there is no seed, one twice, or one that is no whole number, 0 or more."""
     if not seeds or len(set(seeds)) < len(seeds):
         raise ConfigError(f"seeds = {list(seeds)}: there is one or more, and each once")
+    if not all(map(whole, seeds)):
+        raise ConfigError(f"seeds = {list(seeds)}: each is a whole number, 0 or more")
 
 
 def tested(
