@@ -147,7 +147,7 @@ def test_a_file_of_few_nerds_form_is_typed_by_paths(tiny, tmp_path):
 
 def test_several_labels_of_any_rows_need_the_option(tiny, tmp_path):
     rows = tmp_path / "rows.jsonl"
-    rows.write_text("\n".join(json.dumps({"text": "a b", "label": ["x", "y"][: 1 + i % 2]}) for i in range(8)))
+    rows.write_text("\n".join(json.dumps({"text": f"a b {i}", "label": ["x", "y"][: 1 + i % 2]}) for i in range(8)))
     options = ("--data", rows, "--test", rows, "--backbone", tiny, *QUICK, *TRAIN)
     labels = ("--labels", "x=good", "--labels", "y=bad", "--template", "{text} is {mask}")
     wrong = run("fit", *options, *labels)
