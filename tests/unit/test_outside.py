@@ -277,6 +277,8 @@ def test_evaluate_tells_other_texts_apart(place: Path) -> None:
     assert last_json(measured(place, place / "others.txt", "--json")) == told
     piped = (place / "others.txt").read_text()
     assert last_json(measured(place, "-", "--json", stdin=piped)) == told
+    said = fails("evaluate", place / "adapted", place / "rows.jsonl", "--text", "review", "--target", "label")
+    assert said == f"--target is not for {place / 'adapted'}, which gives a text a label; leave it out"
     plain = succeeds("evaluate", place / "adapted", place / "rows.jsonl", "--text", "review", "--json")
     assert last_json(plain) == {name: told[name] for name in ("accuracy", "macro_f1", "examples")}
 
@@ -302,7 +304,7 @@ def test_what_has_no_class_scores_refuses_other_texts(place: Path, tmp_path: Pat
     dp.Tagger(encoder, dp.Tagging(("film",)), [dp.LoRA(rank=2)]).save(tmp_path / "tagger")
     for folder, does in ((tmp_path / "writer", "writes texts"), (tmp_path / "tagger", "finds spans")):
         said = fails("evaluate", folder, place / "rows.jsonl", "--outside", place / "others.txt")
-        assert said == f"--outside is for what gives a text a label, and {folder} {does}; leave it out"
+        assert said == f"--outside is not for {folder}, which {does}; leave it out"
 
 
 def test_what_learned_from_episodes_tells_them_apart_once_it_has_seen_a_support(tiny: Path, tmp_path: Path) -> None:
@@ -321,6 +323,8 @@ def test_what_learned_from_episodes_tells_them_apart_once_it_has_seen_a_support(
     words = files.written(tmp_path / "a.conll", "the O\ncat B-animal\n\na O\nfilm B-film\n")
     said = fails("evaluate", tmp_path / "spans", words, "--support", words, "--outside", others)
     assert "finds spans; leave it out" in said
+    said = fails("evaluate", tmp_path / "spans", words, "--support", words, "--drop-empty")
+    assert "--drop-empty is not for" in said
 
 
 # Comparisons

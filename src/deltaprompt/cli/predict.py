@@ -101,9 +101,7 @@ def evaluate(
     from deltaprompt.model.tagger import Tagger
 
     model = opened(folder, backbone, device, support)
-    if outside is not None and isinstance(model, Generator | Tagger):
-        does = "writes texts" if isinstance(model, Generator) else "finds spans"
-        raise ConfigError(f"--outside is for what gives a text a label, and {folder} {does}; leave it out")
+    _refuse(context, model, folder)
     if isinstance(model, Generator):
         writing.evaluate(model, folder, file, target, pairs(field or [], "--field"), batch_size, as_json)
         return
@@ -123,6 +121,22 @@ def evaluate(
     if others:
         shown += [["AUROC of other texts", f"{told['auroc']:.4f}"], ["other texts", f"{len(others):,}"]]
     console.output().print(console.table(["", str(folder)], shown))
+
+
+def _refuse(context: typer.Context, model: Generator | Tagger | Model, folder: Path) -> None:
+    """Raises where an option of `evaluate` is given that nothing would be done with."""
+    from deltaprompt.model.generator import Generator
+    from deltaprompt.model.tagger import Tagger
+
+    unused: tuple[str, ...] = ("target",)
+    does = "gives a text a label"
+    if isinstance(model, Generator):
+        does, unused = "writes texts", ("outside", "text", "label", "drop_empty")
+    elif isinstance(model, Tagger):
+        does, unused = "finds spans", ("outside", "text", "label", "field", "target", "drop_empty")
+    for name in unused:
+        if context.params[name]:
+            raise ConfigError(f"--{name.replace('_', '-')} is not for {folder}, which {does}; leave it out")
 
 
 def _line(found: Mapping[str, Any]) -> str:
