@@ -63,6 +63,45 @@ def test_tokens_and_tags_may_be_the_columns_of_a_row(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "tags",
+    [
+        ["B-PER", "M-PER", "E-PER", "O", "S-LOC"],
+        ["B-PER", "I-PER", "E-PER", "O", "S-LOC"],
+        ["B-PER", "I-PER", "L-PER", "O", "U-LOC"],
+        ["B-PER", "I-PER", "I-PER", "O", "B-LOC"],
+        ["I-PER", "I-PER", "I-PER", "O", "I-LOC"],
+        ["PER", "PER", "PER", "O", "LOC"],
+    ],
+)
+def test_the_tags_of_all_rows_tell_their_scheme(tmp_path, tags):
+    words, last = ["Anna", "van", "Dam", "in", "Rome"], {"tokens": ["Oslo"], "tags": tags[-1:]}
+    found = read_entities(rows(tmp_path / "a.jsonl", {"tokens": words, "tags": tags}, last))
+    assert [(e.fields["mention"], e.label) for e in found] == [
+        ("Anna van Dam", "PER"),
+        ("Rome", "LOC"),
+        ("Oslo", "LOC"),
+    ]
+    with pytest.raises(DataError, match="line 1: tag 2: 'M-PER' is no tag of the scheme bilou"):
+        read_entities(rows(tmp_path / "b.jsonl", {"tokens": words, "tags": ["B-PER", "M-PER", "L-PER", "O", "U-LOC"]}))
+
+
+def test_a_scheme_may_be_named(tmp_path):
+    path = written(tmp_path / "a.txt", "Ann person\nx@y.org E-mail\nit O\n")
+    with pytest.raises(DataError, match="line 1: tag 1: 'person' is no tag of the scheme bmes.*name another"):
+        read_entities(path)
+    assert [e.label for e in read_entities(path, scheme="io")] == ["person", "E-mail"]
+    with pytest.raises(ConfigError, match="scheme='iox' is no scheme of tags"):
+        read_entities(path, scheme="iox")
+
+
+def test_chinese_tokens_stand_side_by_side(tmp_path):
+    tagged = {"tokens": [*"他在北京。"], "tags": ["O", "O", "B-LOC", "I-LOC", "O"]}
+    around = {"left": [*"他在"], "mention": "北京", "right": ["。"], "label": "LOC"}
+    for row in (tagged, around):
+        assert [told(e) for e in read_entities(rows(tmp_path / "a.jsonl", row))] == [["他在", "北京", "。"]]
+
+
+@pytest.mark.parametrize(
     ("tags", "found"),
     [
         ([], []),
@@ -300,3 +339,8 @@ def test_names_in_plain_texts_are_what_is_capitalised_within_sentences():
     found = find_mentions(texts)
     assert [row.fields["mention"] for row in found] == ["Ann Lee", "Ann", "New York", "Ann", "New York"]
     assert all(row.fields["text"] in texts and row.fields["text"] == "".join(told(row)) for row in found)
+
+
+@pytest.mark.parametrize("name", ["Jose\u0301 Pen\u0303a", "E\u0301lise"])
+def test_names_whose_accents_are_characters_of_their_own_are_whole(name):
+    assert [e.fields["mention"] for e in find_mentions([f"we saw {name} today"])] == [name]

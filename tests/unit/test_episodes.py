@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -236,6 +236,15 @@ def test_a_shift_of_domain() -> None:
         assert all(int(text.split()[0]) < 1000 for text in texts(episode.support))
 
 
+@pytest.mark.parametrize("draws", [class_episodes, sentence_episodes])
+def test_sources_that_overlap_have_no_row_on_both_sides(draws: Callable[..., Iterator[Episode]]) -> None:
+    rows = classes(a=9, b=9) if draws is class_episodes else [sentence(n, "ab"[n % 2]) for n in range(18)]
+    for episode in islice(draws(rows[:14], shots=1, queries=1, query_from=rows[4:], labels=["b"]), 20):
+        assert not {*texts(episode.support)} & {*texts(episode.query)}
+    with pytest.raises(DataError, match="all 18 rows of query_from are among the examples too; give rows of another"):
+        draws(rows, query_from=rows)
+
+
 def test_what_never_comes_together_says_what_lacks() -> None:
     rows = [sentence(n, "abb" if n % 2 else "b") for n in range(40)]
     dealt = sentence_episodes(rows, 2, 3, 1, tries=20)  # 3 of "a" bring 6 of "b": no room for one more sentence
@@ -277,6 +286,16 @@ def test_few_sentences_cover_each_label_and_none_could_go(shots: int, seed: int)
         for row in side:
             assert any(counts[s.label] - spans_in([row])[s.label] < wanted[s.label] for s in row.spans)
     assert texts(few_sentences(rows, shots, seed, dev=False)[0]) == texts(train)
+
+
+@quick
+@given(seeds)
+def test_few_sentences_to_choose_by_are_not_those_to_train_on(seed: int) -> None:
+    train, dev = few_sentences([sentence(n % 9, "ab") for n in range(40)], 2, seed)
+    assert dev
+    assert not {*texts(train)} & {*texts(dev)}
+    with pytest.raises(DataError, match="all 3 texts with spans are needed to train; give more, or dev=False"):
+        few_sentences([sentence(0, "a")] * 3, 1, seed)
 
 
 def test_few_sentences_that_cannot_be_dealt() -> None:

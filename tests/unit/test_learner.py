@@ -216,6 +216,24 @@ def test_what_has_learned_answers_as_its_episodes_do(spans):
     assert_close(p, answered.scores.softmax(-1), atol=1e-5, rtol=1e-4)
 
 
+def test_the_steps_that_an_episode_takes_are_taken_by_what_has_learned():
+    learner = shaken(made(verbalizer=dp.HyperProto(), steps=5, rate=0.5))
+    (episode,) = drawn(1, ways=2, shots=2, queries=1)
+    (answered,) = learner.answered(learner.encode([episode]), 1)
+    p = learner.learned(episode.support, episode.labels).probabilities(episode.query)
+    assert_close(p, answered.scores.softmax(-1), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("spans", [False, True])
+def test_what_cannot_learn_from_a_support_keeps_its_deltas(spans):
+    learner = made(spans=spans, deltas=[dp.LoRA(rank=2)])
+    (episode,) = drawn(1, ways=2, shots=1, queries=1, spans=spans)
+    count = learner.parameter_count()
+    with pytest.raises(DataError, match="no row to learn 'none of them' from"):
+        learner.learned(episode.support, [*episode.labels, "none of them"])
+    assert learner.parameter_count() == count > 0
+
+
 # Told
 
 

@@ -128,7 +128,7 @@ def test_what_is_wrong_is_said(make, message):
 
 def test_noise_is_the_distance_to_the_labels_prototype():
     spherical = dp.SphericalPrototypes(scale=5.0)
-    model = dp.Model(zoo.build("bert-encoder"), dp.Task("{text}", tuple(WORDS), spherical), [])
+    model = dp.adapt(zoo.build("bert-encoder"), dp.Task("{text}", tuple(WORDS), spherical), [])
     model.start(ROWS)
     z = dict(model.parts())["verbalizer.z"][0].detach()
     states = model.embed(model.features, [Example(row.fields) for row in ROWS])
@@ -162,3 +162,18 @@ def test_masks_and_noise_at_the_command_line(tmp_path):
     assert [row["noise"] for row in rows] == sorted((row["noise"] for row in rows), reverse=True)
     assert {row["row"] for row in rows} == set(range(1, len(ROWS) + 1))
     assert len(command.succeeds("noise", tmp_path / "out", data, "--top", 2).stdout.strip().splitlines()) < 8
+
+
+def test_what_has_no_start_cannot_tell():
+    model = dp.adapt(zoo.build("bert-encoder"), dp.Task("{text}", tuple(WORDS), dp.SphericalPrototypes()))
+    with pytest.raises(ConfigError, match="the verbalizer SphericalPrototypes has no start yet"):
+        noise_scores(model, ROWS)
+
+
+@pytest.mark.parametrize("verbalizer", [dp.ProtoVerb(), dp.SphericalPrototypes()])
+def test_the_loss_that_is_measured_does_not_depend_on_the_batches(verbalizer):
+    model = dp.adapt(zoo.build("bert"), dp.Task("{text} It was {mask}.", tuple(WORDS), verbalizer))
+    model.start(ROWS)
+    rows = model.encode(ROWS)
+    whole, parts = (model.measure(rows, batch_size)["loss"] for batch_size in (6, 1))
+    assert parts == pytest.approx(whole, rel=1e-5)

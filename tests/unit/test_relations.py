@@ -143,6 +143,7 @@ def test_rows_of_texts(tmp_path: Path, row: dict[str, object]) -> None:
         {"head": {"name": "bo lee", "id": "Q1", "pos": [0, 1]}, "tail": {"name": "york", "id": "Q2", "pos": [5]}},
         {"h": ["bo lee", "Q1", [[0, 1], [4]]], "t": ["york", "Q2", [[5], [0]]]},
         {"head": {"pos": [[0, 1]]}, "tail": {"pos": [[5]]}},
+        {"head": {"pos": [[0, 1], [2], [4]]}, "tail": {"pos": [[5], [2], [3]]}},
     ],
 )
 def test_rows_of_tokens(tmp_path: Path, row: dict[str, object]) -> None:
@@ -208,6 +209,10 @@ def test_lines_of_head_tail_relation_and_text(tmp_path: Path) -> None:
         ("a b", "a", "a", "<e1> <e2> a </e2> </e1> b"),
         ("黑狗的尾巴", "黑狗的尾巴", "黑狗", "<e1> <e2> 黑狗 </e2>的尾巴 </e1>"),
         ("aXa+b", "+", "X", "a<e2> X </e2>a<e1> + </e1>b"),
+        ("a concatenated cat sat", "cat", "sat", "a concatenated <e1> cat </e1> <e2> sat </e2>"),
+        ("cats, 9cat, cat\u0301 (cat)", "cat", "s", "cat<e2> s </e2>, 9cat, cat\u0301 (<e1> cat </e1>)"),
+        ("cats and dogs", "cat", "dog", "<e1> cat </e1>s and <e2> dog </e2>s"),
+        ("我在中国人中", "中", "国人", "我在<e1> 中 </e1><e2> 国人 </e2>中"),
     ],
 )
 def test_mentions_are_looked_for_where_they_do_not_overlap(

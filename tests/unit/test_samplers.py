@@ -133,6 +133,13 @@ def test_no_row_of_the_dev_set_is_a_training_row_too() -> None:
         split([Example({"text": "same"}, label) for label in "aaabbb"], 0.3, 0)
 
 
+def test_rows_of_one_text_and_several_targets_are_different_rows() -> None:
+    stances = [Example({"text": "same", "target": f"{n}"}, label) for n in range(10) for label in "ab"]
+    for train, dev in (split(stances, 0.3, 1), few_shot(stances, 2, 3)):
+        assert dev
+        assert not {e.fields["target"] for e in train} & {e.fields["target"] for e in dev}
+
+
 def test_split_keeps_a_single_row_for_training() -> None:
     train, dev = split(rows(a=1, b=10), 0.5, seed=0)
     assert counted(train) == {"a": 1, "b": 5}

@@ -34,7 +34,7 @@ from deltaprompt.search._null import best_of, calls, first_right, needed, permut
 from deltaprompt.search._pool import Pool
 from deltaprompt.search._result import Table, mixed
 from deltaprompt.search._shape import Shape, usual_shapes, written, written_out
-from deltaprompt.search.label_words import assignments
+from deltaprompt.search.label_words import _Rows, assignments
 from deltaprompt.templates import parse
 from deltaprompt.types import Example
 from deltaprompt.verbalizers.soft import SoftVerbalizer
@@ -234,6 +234,16 @@ def test_many_templates_at_once_are_each_alone(family: str) -> None:
     for p, task in zip(found, tasks, strict=True):
         torch.testing.assert_close(p, by_hand(backbone, task, ROWS), atol=1e-5, rtol=1e-4)
     assert all(torch.equal(t, before[name]) for name, t in backbone.model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
+def test_soft_tokens_that_begin_from_words_are_each_templates_own(family: str) -> None:
+    backbone = zoo.build(family)
+    tasks = [dp.Task(f'{{text}} {{soft:"{word}"}} {{mask}}', TASK.labels) for word in ("great", "bad", "great")]
+    found = Frozen(backbone, TRAIN, batch_size=7).probabilities(tasks, ROWS)
+    assert not torch.allclose(found[0], found[1])
+    for p, task in zip(found, tasks, strict=True):
+        torch.testing.assert_close(p, by_hand(backbone, task, ROWS), atol=1e-5, rtol=1e-4)
 
 
 def tokens_run(backbone: Any, run: Callable[[], Any]) -> int:
@@ -510,6 +520,17 @@ def test_the_ranking_of_assignments_is_the_models_own_accuracy() -> None:
         assert candidate.train.accuracy == float(right)
     assert max(c.train.accuracy for c in result.shortlist) == result.controls["best"]
     assert result.controls["candidates"] <= 36
+
+
+def test_assignments_that_were_found_stay_what_blocks_of_the_journal_are_of(tmp_path: Path, monkeypatch) -> None:
+    how = {"options": search.WordSearch(words=5, shortlist=8, together=4), "out": tmp_path}
+    expected = search.label_words(zoo.build("bert"), TASK, TRAIN, DEV, **how)
+
+    def otherwise(*given: Any) -> Any:
+        raise AssertionError("assignments are found again")
+
+    monkeypatch.setattr(_Rows, "best", otherwise)
+    assert told(search.label_words(zoo.build("bert"), TASK, TRAIN, DEV, **how, resume=True)) == told(expected)
 
 
 # Templates --------------------------------------------------------------------------------------------------------

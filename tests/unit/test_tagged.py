@@ -9,18 +9,19 @@ import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaprompt.data import in_words, read, read_tagged, span_labels, word_tags
+from deltaprompt.data.episodes import Episode
 from deltaprompt.data.tagged import coarse, joiner_of, of_words
 from deltaprompt.data.tags import KNOWN, SCHEMES, malformed, scheme_of, spans_of, tags_of
 from deltaprompt.errors import ConfigError, DataError
 from deltaprompt.trainer.plan import told
-from deltaprompt.types import Example, Span
+from deltaprompt.types import Example, Message, Span
 from tests.files import rows, written
 
 LABELS = ("PER", "LOC", "person-artist/author")
@@ -405,6 +406,27 @@ def test_spans_cost_other_examples_nothing_and_count_in_a_digest(tmp_path: Path)
     assert told([plain]) != told([marked])
     with pytest.raises(AttributeError):
         Span(0, 3, "PER").other = 1  # type: ignore[attr-defined]  # it has slots
+
+
+def test_a_digest_tells_every_part_of_examples_and_episodes() -> None:
+    one, other = Example({"text": "a"}, "x"), Example({"text": "b"}, "x")
+    fields = {"text": "a"}
+    different = [
+        [one],
+        [other],
+        [one, other],
+        [Example(fields)],
+        [Example(fields, labels=("x",))],
+        [Example(fields, references=("x",))],
+        [Example(fields, messages=(Message("user", "x"),))],
+        [Example(fields, "x", words=((0, 1),))],
+        [Example(fields, "x", spans=(Span(0, 1, "x"),))],
+        [Episode((one,), (other,), ("x",))],
+        [Episode((one, other), (), ("x",))],
+        [Episode((one,), (other,), ("y",))],
+    ]
+    assert len(set(map(told, different))) == len(different)
+    assert told([Example({"a": "1", "b": "2"})]) == told([Example(MappingProxyType({"b": "2", "a": "1"}))])
 
 
 @pytest.mark.parametrize(

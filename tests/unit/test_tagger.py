@@ -45,6 +45,19 @@ def windows_of(tagger, example):
     return found
 
 
+def test_what_would_do_nothing_is_refused():
+    described = dp.Prototypes(descriptions={"O": "no name", "animal": "an animal", "film": "a film"})
+    with pytest.raises(ConfigError, match="Prototypes starts from sentences about labels, .* leave them out"):
+        made(tagging=Tagging(TYPES, scheme="io", verbalizer=described))
+    tagger = made()
+    with pytest.raises(ConfigError, match="1 unlabelled texts, and nothing is done with them by a Tagger"):
+        fit(tagger, [], unlabelled=[ROWS[0]])
+    blank = Example({"text": "\u200b"})
+    for sets, which in (([[blank]], "training"), ([ROWS, [blank]], "dev")):
+        with pytest.raises(DataError, match=f"nothing is left of the 1 {which} examples"):
+            fit(tagger, *sets, training=QUICK)
+
+
 # Words and their tokens
 
 
@@ -77,6 +90,14 @@ def test_texts_are_split_at_blanks_signs_and_ideographs_and_where_spans_begin_an
     ]
     cut = words.split(Example({"text": "unhappy"}, spans=(Span(2, 5, "film"),)))
     assert cut.words == ((0, 2), (2, 5), (5, 7))
+
+
+@pytest.mark.parametrize(
+    "text", ["हिन्दी में लिखो", "cafe\u0301 pen\u0303a", "می\u200cخواهم", "か\u3099 x ❤\ufe0f", "葛\U000e0100 a_b 3"]
+)
+def test_marks_stay_with_what_they_are_on(text):
+    row = made().words.split(Example({"text": text}))
+    assert [text[start:end] for start, end in row.words] == text.split()
 
 
 def test_words_that_the_data_gives_stay():

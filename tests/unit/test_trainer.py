@@ -267,6 +267,12 @@ def test_what_cannot_be_trained(backbone: Backbone, model: Model) -> None:
         fit(model, TRAIN, [TRAIN[0], Example({"text": "a film"})])
     with pytest.raises(ConfigError, match="'fp16' needs a GPU and the model is on the CPU; possible here: no, bf16"):
         fit(model, TRAIN, training=Training(precision="fp16"))
+    with pytest.raises(ConfigError, match="there are no rows to measure on"):
+        model.measure([])
+    with pytest.raises(ConfigError, match="row 1 of 1 has no label to be compared with"):
+        model.measure(model.encode([Example({"text": "a film"})]))
+    with pytest.raises(ConfigError, match="adaptation 7"):
+        model.encode(TRAIN, 7)
     model.adapted.remove()
     for bare, message in (
         (adapt(backbone, Task(TEMPLATE, WORDS)), "nothing in this model trains: add a delta"),

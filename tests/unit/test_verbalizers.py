@@ -17,6 +17,7 @@ from deltaprompt.types import AtMask, Example
 from deltaprompt.verbalizers._base import Setting
 from deltaprompt.verbalizers._relevance import relevant
 from deltaprompt.verbalizers.automatic import Automatic
+from deltaprompt.verbalizers.dect import DecT
 from deltaprompt.verbalizers.hierarchical import Hierarchical
 from deltaprompt.verbalizers.knowledgeable import Knowledgeable
 from deltaprompt.verbalizers.label_descriptions import LabelDescriptions
@@ -24,6 +25,8 @@ from deltaprompt.verbalizers.label_words import LabelWords
 from deltaprompt.verbalizers.proto_verb import ProtoVerb
 from deltaprompt.verbalizers.prototypes import Prototypes
 from deltaprompt.verbalizers.rules import Rules
+from deltaprompt.verbalizers.soft import SoftVerbalizer
+from deltaprompt.verbalizers.written import Written
 from tests import backbones_zoo as zoo
 
 LABELS = ("up", "down", "so")
@@ -292,6 +295,14 @@ def test_words_that_are_the_same_to_the_vocabulary_count_once():
         ),
         (lambda: Prototypes(scale=0), "prototypes: got scale=0; scale > 0"),
         (lambda: Prototypes(scale=math.nan), "got scale=nan"),
+        (lambda: Prototypes(description_weight=math.nan), "prototypes: got description_weight=nan"),
+        (lambda: ProtoVerb(scale=math.inf), "proto_verb: got scale=inf; scale > 0 is possible"),
+        (lambda: ProtoVerb(dim=0), "proto_verb: got dim=0; dim >= 1 is possible"),
+        (lambda: DecT(word_weight=math.nan), "dect: got word_weight=nan"),
+        (lambda: DecT(dim=0), "dect: got dim=0"),
+        (lambda: Rules({"up": ("good",)}, auxiliary=math.nan), "rules: got auxiliary=nan"),
+        (lambda: SoftVerbalizer(init_std=-1), "soft: got init_std=-1"),
+        (lambda: Written({"up": "good"}, longest=0), "written: got longest=0; a text has 1 token or more"),
         (lambda: LabelDescriptions({"up": "good"}, scale=-1), "label_descriptions: got scale=-1"),
         (lambda: Task("{text}", "ab"), "labels are names, each a text, in a list or a mapping; got 'ab'"),
         (lambda: Task("{text}", {0: "bad", 1: "good"}), "labels are names, each a text"),

@@ -57,6 +57,15 @@ def test_a_label_s_likelihood_is_that_of_its_text(family, per_token):
     assert_close(model.probabilities(EXAMPLES), torch.stack(rows).float(), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
+def test_texts_of_one_token_are_scored_like_others(family):
+    backbone = zoo.build(family, torch.float64)
+    model = adapt(backbone, Task(TEMPLATE, ["0", "1"], Written({"0": "good", "1": "bad"})))
+    with torch.no_grad():
+        rows = [torch.stack([by_hand(model, e, word, True) for word in ("good", "bad")]).softmax(-1) for e in EXAMPLES]
+    assert_close(model.probabilities(EXAMPLES), torch.stack(rows).float(), atol=1e-6, rtol=0)
+
+
 def test_it_is_saved_and_opened(tmp_path):
     backbone = zoo.build("gpt2")
     model = adapt(backbone, Task(TEMPLATE, ["0", "1"], Written(CHOICES, longest=20)))

@@ -43,6 +43,8 @@ class Prompted:
         ids, lengths = ids.expand(rows, -1, -1), lengths.expand(rows, -1)
         scores = _log_p(self._head.logits(last[:, None]))[:, 0].gather(1, ids[..., 0])  # [b, w]
         later, longer = ids.shape[2] - 1, (lengths > 1).any(0).nonzero()[:, 0]
+        if not len(longer):
+            return scores
         scores_a_word = rows * max(later, 1) * self._head.size
         tokens_a_word = rows * (self.states.shape[1] + later)
         for some in longer.split(max(1, min(SCORES // scores_a_word, TOKENS // tokens_a_word))):

@@ -5,7 +5,8 @@
 - `read_episodes`: those of a file, as Few-NERD publishes them.
 
 Samplers deal for ever, from their own generator: the same seed, the same episodes. Of it only `random()` is drawn,
-whose sequence Python keeps across versions. No row is in the support and the query of one episode.
+whose sequence Python keeps across versions. No row is in the support and the query of one episode; rows of one source
+with the same fields are different ones.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from random import Random
 from typing import Final
 
 from deltaprompt.data.formats import Row, rows_of
-from deltaprompt.data.pairs import given_of, hold_out
+from deltaprompt.data.pairs import given_of, hold_out, said_in
 from deltaprompt.data.readers import listing, texts_in
 from deltaprompt.data.samplers import by_class
 from deltaprompt.data.tagged import joiner_of, of_words, span_labels
@@ -59,13 +60,14 @@ def class_episodes(
         queries: rows of each label to be told.
         seed: of the draws.
         labels: to draw from; all where not given.
-        query_from: rows of another source for the query (a shift of domain); the labels are then those of both.
+        query_from: rows of another source for the query (a shift of domain); the labels are then those of both. What
+            is among the examples too is left out of it.
 
     Raises:
         DataError: there are fewer labels than ways, or a label has too few rows.
     """
     _check_numbers(ways, shots, queries, 1)
-    sources = [rows for rows in (examples, query_from) if rows is not None]
+    sources = _sources(examples, query_from)
     pools = [_by_label(rows) for rows in sources]
     names = _names(ways, labels, pools)
     for pool, least in zip(pools, _needed(shots, queries, len(pools)), strict=True):
@@ -96,7 +98,8 @@ def sentence_episodes(
         queries: spans of each label to be told, at least; with 0 there is no query.
         seed: of the draws.
         labels: to draw from; all where not given.
-        query_from: texts of another source for the query (a shift of domain); the labels are then those of both.
+        query_from: texts of another source for the query (a shift of domain); the labels are then those of both. What
+            is among the examples too is left out of it.
         tries: draws of labels for one episode.
 
     Raises:
@@ -106,7 +109,7 @@ def sentence_episodes(
     _check_numbers(ways, shots, queries, 0)
     if tries < 1:
         raise ConfigError(f"tries={tries}: an episode takes 1 try or more")
-    pools = [_Sentences.of(rows) for rows in (examples, query_from) if rows is not None]
+    pools = [_Sentences.of(rows) for rows in _sources(examples, query_from)]
     names = _names(ways, labels, [pool.totals for pool in pools])
     for pool, least in zip(pools, _needed(shots, queries, len(pools)), strict=True):
         _check_counts({name: pool.totals[name] for name in names}, "spans", shots, queries, least)
@@ -287,6 +290,20 @@ def _drawn(count: int, of: int, chance: Random) -> list[int]:
         found.append(moved.get(j, j))
         moved[j] = moved.get(i, i)
     return found
+
+
+def _sources(examples: Sequence[Example], query_from: Sequence[Example] | None) -> list[Sequence[Example]]:
+    """The rows of the support and, where they are of another source, those of the query that are not among them."""
+    if query_from is None:
+        return [examples]
+    known = set(map(said_in, examples))
+    others = [example for example in query_from if said_in(example) not in known]
+    if query_from and not others:
+        raise DataError(
+            f"all {len(query_from)} rows of query_from are among the examples too; give rows of another source, or "
+            "leave query_from out"
+        )
+    return [examples, others]
 
 
 def _by_label(examples: Sequence[Example]) -> Mapping[str, Sequence[int]]:

@@ -10,10 +10,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from random import Random
 from typing import Final, TypeVar
 
 from deltaprompt.data.entities import BLANK, COARSE, ENTITY, hidden, mention
+from deltaprompt.data.letters import marks
 from deltaprompt.errors import ConfigError, DataError
 from deltaprompt.types import Example
 
@@ -23,7 +25,6 @@ PRONOUNS: Final = """
 i you he she it we they me him her us them this that these those who mine yours his hers its ours theirs
 myself yourself himself herself itself ourselves yourselves themselves
 """
-WORD: Final = re.compile(r"[^\W_]+(?:['’&-][^\W_]+)*")
 OPENS: Final = ".!?:;\"“”'‘(-–"  # signs behind which a word may be capitalised without being a name
 
 T = TypeVar("T")
@@ -136,7 +137,7 @@ def find_mentions(texts: Sequence[str]) -> list[Example]:
     """
     counts = Counter[str]()  # capitalised minus small
     for text in texts:
-        for word in WORD.finditer(text):
+        for word in _word().finditer(text):
             if not _opens(text, word.start()):
                 counts[word[0].casefold()] += 1 if word[0][0].isupper() else -1
     return [mention(text[:a], text[a:b], text[b:]) for text in texts for a, b in _names(text, counts)]
@@ -145,7 +146,7 @@ def find_mentions(texts: Sequence[str]) -> list[Example]:
 def _names(text: str, counts: Mapping[str, int]) -> list[tuple[int, int]]:
     """Where in a text its names are: capitalised words with a blank between them."""
     found = list[tuple[int, int]]()
-    for word in WORD.finditer(text):
+    for word in _word().finditer(text):
         if not word[0][0].isupper() or len(word[0]) == 1 or counts[word[0].casefold()] <= 0:
             continue
         if found and text[found[-1][1] : word.start()] == " ":
@@ -153,6 +154,13 @@ def _names(text: str, counts: Mapping[str, int]) -> list[tuple[int, int]]:
         else:
             found.append(word.span())
     return found
+
+
+@cache
+def _word() -> re.Pattern[str]:
+    """Letters with their marks, and what these signs join to them."""
+    letters = rf"(?:[^\W_]{marks()}*)+"
+    return re.compile(rf"{letters}(?:['’&-]{letters})*")
 
 
 def _opens(text: str, at: int) -> bool:

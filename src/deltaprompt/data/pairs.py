@@ -86,8 +86,13 @@ def told_apart(examples: Sequence[Example], train: Sequence[Example], field: str
 
 
 def given_of(example: Example) -> Fields:
-    """What is given in an example: all its fields but the target, and what is said."""
-    return (*sorted((name, text) for name, text in example.fields.items() if name != TARGET), *example.messages)
+    """What is given in an example to write a text for: all that is said in it but the target."""
+    return tuple(one for one in said_in(example) if one[0] != TARGET)
+
+
+def said_in(example: Example) -> Fields:
+    """All that is said in an example: its fields, a target among them, and its messages."""
+    return (*sorted(example.fields.items()), *example.messages)
 
 
 def linearised(triples: Sequence[Sequence[str]]) -> str:

@@ -17,13 +17,14 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Final
 
 from deltaprompt.data.formats import HUB, Row, json_in, lines_of, refuse_split, row_of, rows_of
+from deltaprompt.data.letters import marks
 from deltaprompt.data.readers import Missing, filled, listing, one_text, place, texts_in, written
-from deltaprompt.data.tagged import joined, joiner_of
+from deltaprompt.data.tagged import CHARACTER, joined, joiner_of
 from deltaprompt.errors import ConfigError, DataError
 from deltaprompt.types import Example, Span
 
@@ -189,7 +190,7 @@ def _of_tokens(row: Row) -> tuple[str, Place, Place, tuple[Place, ...]]:
     found = list[Place]()
     for side in SIDES:
         given = row.values.get(f"{side}.pos", row.values.get(SHORT[side]))
-        given = given[2] if isinstance(given, list) and len(given) == 3 and isinstance(given[2], list) else given
+        given = given[2] if isinstance(given, list) and len(given) == 3 and isinstance(given[0], str) else given
         given = given[0] if isinstance(given, list) and given and isinstance(given[0], list) else given
         if not isinstance(given, list) or not given or not all(n in range(len(tokens)) for n in given):
             raise DataError(
@@ -224,7 +225,10 @@ def _place(row: Row, side: str, length: int) -> Place:
 
 
 def _looked_for(row: Row, text: str) -> tuple[Place, Place]:
-    """Where two mentions first are in a text without overlapping, or where each first is, if they always do."""
+    """Where two mentions first are in a text without overlapping, or where each first is, if they always do.
+
+    Whole words are preferred: "cat" is in "concatenated" only where it stands nowhere by itself.
+    """
     words = [filled(row, side, side) for side in SIDES]
     places = [[(m.start(), m.start() + len(one)) for m in re.finditer(f"(?={re.escape(one)})", text)] for one in words]
     for side, one, own in zip(SIDES, words, places, strict=True):
@@ -233,8 +237,16 @@ def _looked_for(row: Row, text: str) -> tuple[Place, Place]:
                 f"{row.at}: the {side} {one!r:.40} is not in the text {text!r:.60}; write it as it stands there, or "
                 "remove the row"
             )
-    apart = ((h, t) for h in places[0] for t in places[1] if h[1] <= t[0] or t[1] <= h[0])
-    return next(apart, (places[0][0], places[1][0]))
+    whole = [[place for place in own if _is_whole(text, place)] or own for own in places]
+    apart = ((h, t) for own in (whole, places) for h, t in product(*own) if h[1] <= t[0] or t[1] <= h[0])
+    return next(apart, (whole[0][0], whole[1][0]))
+
+
+def _is_whole(text: str, place: Place) -> bool:
+    """Whether no letter, digit or mark of an alphabet stands beside a place; a Chinese character may be a word."""
+    start, end = place
+    beside = (text[max(start - 1, 0) : start], text[end : end + 1])
+    return not any(re.match(rf"[^\W_]|{marks()}", sign) and not CHARACTER.match(sign) for sign in beside)
 
 
 def _of_tags(at: str, text: str) -> tuple[str, Place, Place]:

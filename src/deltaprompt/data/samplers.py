@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from random import Random
 from typing import TypeVar
 
-from deltaprompt.data.pairs import given_of
+from deltaprompt.data.pairs import said_in
 from deltaprompt.data.readers import labels_of
 from deltaprompt.errors import ConfigError, DataError
 from deltaprompt.types import Example
@@ -70,7 +70,8 @@ def few_sentences(examples: Sequence[Example], shots: int, seed: int, dev: bool 
     """Texts with `shots` spans of each label, or a few more, to train on, and, with `dev`, as many others to choose by.
 
     The rarest label draws texts until it has its spans, then the next one; texts that no label needs are then left out
-    (Yang & Katiyar 2020, greedy sampling). A label that has fewer spans left for dev has all of them there.
+    (Yang & Katiyar 2020, greedy sampling). A label that has fewer spans left for dev has all of them there. What has
+    the fields of a training text is not in the dev set.
 
     Raises:
         DataError: no text has a span, a label has fewer than `shots`, or nothing is left for dev.
@@ -88,10 +89,12 @@ def few_sentences(examples: Sequence[Example], shots: int, seed: int, dev: bool 
         )
     generator = Random(seed)
     train = _covering(counts, dict.fromkeys(totals, shots), (), generator)
-    left = {name: n - sum(counts[i][name] for i in train) for name, n in totals.items()}
-    held = _covering(counts, {name: min(shots, n) for name, n in left.items()}, train, generator) if dev else []
+    known = {said_in(examples[i]) for i in train}
+    gone = [i for i, example in enumerate(examples) if said_in(example) in known]
+    left = {name: n - sum(counts[i][name] for i in gone) for name, n in totals.items()}
+    held = _covering(counts, {name: min(shots, n) for name, n in left.items()}, gone, generator) if dev else []
     if dev and not held:
-        raise DataError(f"all {len(train)} texts with spans are needed to train; give more, or dev=False")
+        raise DataError(f"all {len(gone)} texts with spans are needed to train; give more, or dev=False")
     return [examples[i] for i in train], [examples[i] for i in held]
 
 
@@ -188,8 +191,8 @@ def _deal(
     left = [([number for number in rows if number not in train], second) for rows, _, second in mixed]
     dev = dict.fromkeys(number for rows, second in left for number in rows[:second])
     first, second = ([examples[number] for number in _shuffled(list(some), generator)] for some in (train, dev))
-    known = {given_of(example) for example in first}
-    unseen = [example for example in second if given_of(example) not in known]
+    known = {said_in(example) for example in first}
+    unseen = [example for example in second if said_in(example) not in known]
     if second and not unseen:
         raise DataError(
             "every row that could be in the dev set is in the training set too; add rows that are not alike"

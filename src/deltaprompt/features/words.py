@@ -6,9 +6,10 @@ import re
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Final
 
+from deltaprompt.data.letters import marks
 from deltaprompt.errors import ConfigError
 from deltaprompt.features.codec import Codec, Tokens
 from deltaprompt.features.features import AT_ONCE, Features
@@ -17,7 +18,6 @@ from deltaprompt.features.rows import Row
 from deltaprompt.types import Example
 
 IDEOGRAPHS: Final = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # of Chinese and Japanese, each a word
-WORD: Final = re.compile(rf"[{IDEOGRAPHS}]|[^\W{IDEOGRAPHS}]+|[^\w\s]")
 OVERLAP: Final = 4  # windows share a quarter of their tokens
 
 Range = tuple[int, int]  # the first character, and the one behind the last
@@ -67,7 +67,7 @@ class Words:
         if example.words:
             return example
         text, cuts = self.text(example), {end for span in example.spans for end in span[:2]}
-        found = [apart for word in WORD.finditer(text) for apart in parted(word.start(), word.end(), cuts)]
+        found = [apart for word in _word().finditer(text) for apart in parted(word.start(), word.end(), cuts)]
         return replace(example, words=tuple(found))
 
     @cached_property
@@ -90,6 +90,13 @@ class Words:
             ids = [*front, *tokens.ids[start : start + room], *codec.after] or [first_id(self.features.tokenizer)]
             read = [len(front) + int(at[word] or 0) - start for word in own]
             yield Window(Row(ids, read), tuple(own))
+
+
+@cache
+def _word() -> re.Pattern[str]:
+    """An ideograph, letters, or a sign, each with its marks."""
+    m, letter = marks(), rf"[^\W{IDEOGRAPHS}]"
+    return re.compile(rf"[{IDEOGRAPHS}]{m}*|{letter}+(?:{m}+{letter}*)*|[^\w\s]{m}*")
 
 
 def parted(start: int, end: int, cuts: Collection[int]) -> list[Range]:

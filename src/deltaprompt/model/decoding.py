@@ -31,7 +31,7 @@ class Decoding:
 
     def __post_init__(self) -> None:
         for name, least in (("max_new_tokens", 1), ("beams", 1)):
-            if vars(self)[name] < least:
+            if not isinstance(vars(self)[name], int) or vars(self)[name] < least:
                 raise ConfigError(f"{name} = {vars(self)[name]} is not possible: it is a whole number, {least} or more")
         if not 0 < self.temperature < math.inf or not 0 < self.top_p <= 1:
             raise ConfigError(

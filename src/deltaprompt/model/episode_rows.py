@@ -83,12 +83,15 @@ class EpisodeRows:
             if not episode.support or not episode.query:
                 counts = f"{len(episode.support)} rows to learn from and {len(episode.query)} to tell"
                 raise DataError(f"{name} {number} has {counts}; give 1 of each or more")
-            if self.episodic.spans:
-                continue
-            labels = {row.label for row in episode.support}
-            if missing := [label for label in episode.labels if label not in labels]:
+            learnt, asked = (
+                [span.label for row in rows for span in row.spans]
+                if self.episodic.spans
+                else [row.label for row in rows]
+                for rows in (episode.support, episode.query)
+            )
+            if missing := [label for label in episode.labels if label not in learnt]:
                 raise DataError(f"{name} {number} has no row to learn {missing[0]!r} from")
-            if other := [row.label for row in episode.query if row.label not in labels]:
+            if other := [label for label in (*learnt, *asked) if label not in episode.labels]:
                 raise DataError(f"{name} {number} asks for {other[0]!r}, which is none of its labels")
 
     def collate(self, rows: Sequence[Encoded]) -> Batch:

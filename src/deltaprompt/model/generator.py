@@ -26,7 +26,7 @@ from deltaprompt.model.generation import Chat, Generation
 from deltaprompt.model.model import at_answers
 from deltaprompt.model.packing import check_packing
 from deltaprompt.model.reader import of_template, placed
-from deltaprompt.model.trainable import Trainable, evaluating
+from deltaprompt.model.trainable import Trainable, check_known, evaluating
 from deltaprompt.model.virtual import begin_from_words, check_room
 from deltaprompt.types import Batch, Example, Message
 
@@ -213,6 +213,7 @@ class Generator(Trainable):
             slot: which adaptation.
             through: a module around this one that is called in its place.
         """
+        check_known([bool(row.targets) for row in rows], "target")
         total, tokens = 0.0, sum(row.weight for row in rows)
         with evaluating(self):
             for batch in self.batches(rows, batch_size):

@@ -15,13 +15,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from deltaprompt.errors import ConfigError
 from deltaprompt.features import Encoded, Features
 from deltaprompt.hierarchy import Way, ancestors, are_paths
 from deltaprompt.model.several import chosen, right
+from deltaprompt.model.several import loss as several_loss
 from deltaprompt.model.task import Task
-from deltaprompt.model.trainable import evaluating
+from deltaprompt.model.trainable import check_known, evaluating
 
 Classes = Sequence[Sequence[int]]  # of each example
 
@@ -30,14 +32,20 @@ Classes = Sequence[Sequence[int]]  # of each example
 def measured(
     module: nn.Module, features: Features, task: Task, rows: Sequence[Encoded], batch_size: int, slot: int
 ) -> dict[str, float]:
-    """`{"accuracy", "macro_f1", …, "loss"}` of labelled rows, by one slot of the model that a module is."""
+    """`{"accuracy", "macro_f1", …, "loss"}` of labelled rows, by one slot of the model that a module is.
+
+    The loss is the cross-entropy of the scores, also where a verbalizer trains by another one, of whole batches.
+    """
+    check_known([row.label is not None or bool(row.labels) for row in rows])
     loss, device = 0.0, next(module.parameters()).device
     gold, found = list[list[int]](), list[list[int]]()
     with evaluating(module):
         for batch in features.batches(rows, batch_size):
             out = module(batch.to(device), slot)
             assert batch.labels is not None
-            loss += float(out["loss"]) * len(batch.labels)
+            logits, classes = out["logits"].float().cpu(), batch.labels.cpu()
+            each = several_loss(logits, classes) if task.several else cross_entropy(logits, classes)
+            loss += float(each) * len(classes)  # of a verbalizer whose own is of a whole batch too
             gold += right(batch.labels)
             found += chosen(out["logits"], task.several)
     return {**measures(task.names, gold, found, task.several), "loss": loss / len(gold)}

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from deltaprompt.backbone import Backbone
 from deltaprompt.compose import Index
 from deltaprompt.compose.routing import check_slot
+from deltaprompt.data.episodes import Episode
 from deltaprompt.data.tagged import in_words
 from deltaprompt.deltas._base import Delta
 from deltaprompt.errors import ConfigError
@@ -35,7 +36,7 @@ from deltaprompt.model.span_metrics import Spans
 from deltaprompt.model.tagger import Tagger, of_words
 from deltaprompt.model.tagging import Tagging
 from deltaprompt.model.task import Task
-from deltaprompt.model.trainable import evaluating
+from deltaprompt.model.trainable import check_known, evaluating
 from deltaprompt.model.wrapped import Wrapped
 from deltaprompt.params import Weights
 from deltaprompt.types import AtMask, Batch, Example
@@ -86,7 +87,8 @@ class Learner(Wrapped):
         for n, slot in enumerate(slots):
             own, learnt = number[rows] == n, support[rows]
             given, asked = (own & learnt).nonzero()[:, 0], (own & ~learnt).nonzero()[:, 0]
-            logits.append(self._answered(of_rows(items, given), classes[given], of_rows(items, asked), slot))
+            learnt_from = self._learnt(of_rows(items, given), classes[given], slot)
+            logits.append(self._answered(*learnt_from, of_rows(items, asked)))
             each.append(nll_loss(normalised(logits[-1]), classes[asked]))
         losses = torch.stack([own.mean() for own in torch.stack(each).split(list(sizes or [count]))])
         return {"loss": losses.mean(), "losses": losses, "logits": logits}
@@ -97,18 +99,24 @@ class Learner(Wrapped):
             return at, torch.arange(len(at.hidden), device=at.hidden.device)
         return of_words(at), at.present[:, 0].nonzero()[:, 0]
 
-    def _answered(self, given: AtMask, classes: Tensor, asked: AtMask, slot: int) -> Tensor:
-        """The scores of what is asked [n, c] by the verbalizer that starts from what is given."""
+    def _learnt(
+        self, given: AtMask, classes: Tensor, slot: int, names: Sequence[str] | None = None
+    ) -> tuple[Weights, Setting, Mapping[str, Tensor]]:
+        """The verbalizer's tensors, its setting, and what starts in it from what is given."""
         verbalizer, scorer = self.episodic.verbalizer, self.reader(slot).scorer
         assert isinstance(verbalizer, Started)  # see Episodic
-        setting = replace(scorer.setting, labels=tuple(map(str, range(int(classes.max()) + 1))))
+        setting = replace(scorer.setting, labels=tuple(names or map(str, range(int(classes.max()) + 1))))
         scorer.routing.index = self.model.seats[slot][1]
         w = scorer.seen(given, False)
         states = verbalizer.observed(w, setting, given)
         begun = verbalizer.start(w, setting, states.new_zeros(0, states.shape[-1]), states, classes)
         if self.episodic.steps:
             begun = self._adapted(w, setting, given, classes, begun)
-        return verbalizer.scores(w | begun, setting, asked)
+        return w, setting, begun
+
+    def _answered(self, w: Weights, s: Setting, begun: Mapping[str, Tensor], asked: AtMask) -> Tensor:
+        """The scores of what is asked [n, c] by the verbalizer that has started."""
+        return self.episodic.verbalizer.scores(w | begun, s, asked)
 
     def _adapted(
         self, w: Weights, s: Setting, given: AtMask, classes: Tensor, begun: Mapping[str, Tensor]
@@ -163,7 +171,7 @@ class Learner(Wrapped):
                 given, asked = (self._gathered([states[id(row)] for row in side]) for side in sides)
                 classes = torch.tensor(episode.targets)
                 n = len(given.hidden)
-                scores = self._answered(given, classes[:n].to(self.device), asked, slot)
+                scores = self._answered(*self._learnt(given, classes[:n].to(self.device), slot), asked)
                 found.append(Answered(scores.float().cpu(), classes[n:]))
         return found
 
@@ -192,6 +200,7 @@ class Learner(Wrapped):
         self, rows: Sequence[Encoded], batch_size: int = 4, slot: int = 0, through: nn.Module | None = None
     ) -> dict[str, float]:
         """`{"accuracy", "loss"}` of queries, with spans also their pooled `f1`, windows of one text apart."""
+        check_known([bool(row.targets) for row in rows], "class of its texts")
         each = self._measured(rows, batch_size, slot, through or self)
         told = queries.means(each)
         if not self.episodic.spans:
@@ -245,7 +254,7 @@ class Learner(Wrapped):
     def learned(
         self, examples: Sequence[Example], labels: Sequence[str] | None = None, slot: int = 0
     ) -> Model | Tagger:
-        """A model of labels or spans, started from a few examples of its own: nothing of it is trained.
+        """A model of labels or spans, started from a few examples of its own as an episode's support starts it.
 
         It takes the backbone over; this learner's deltas are off it then.
 
@@ -260,6 +269,7 @@ class Learner(Wrapped):
         kept = self.stored(slot)
         names = labels or (span_labels(examples) if self.episodic.spans else labels_of(examples))
         task = self.episodic.task(tuple(names))
+        begun = self._begun_by(Episode(tuple(examples), tuple(examples), tuple(names)), slot)
         self.adapted.remove()
         model = (
             Tagger(self.backbone, task, self.chosen)
@@ -272,7 +282,22 @@ class Learner(Wrapped):
                 if name in kept:
                     tensor[at].copy_(kept[name])
         model.start(examples)
+        if self.episodic.steps:
+            scorer = model.reader().scorer
+            for name, learnt in begun.items():
+                scorer.tensors[name].data[0].copy_(learnt)
         return model
+
+    def _begun_by(self, episode: Episode, slot: int) -> Mapping[str, Tensor]:
+        """What starts from an episode's support."""
+        [encoded] = self.encode([episode], slot)
+        rows = encoded.variants[: encoded.support]
+        states = self._states(rows, 32, slot)
+        given = self._gathered([states[id(row)] for row in rows])
+        classes = torch.tensor(encoded.targets[: len(given.hidden)], device=self.device)
+        names = ("O", *episode.labels) if self.episodic.spans else episode.labels
+        with evaluating(self), torch.no_grad():
+            return self._learnt(given, classes, slot, names)[2]
 
     def record(self, slot: int = 0) -> dict[str, Any]:
         """What is asked, as JSON from which it can be made again."""

@@ -77,6 +77,7 @@ class Model(Trainable):
 
     def reader(self, slot: int = 0) -> Reader:
         """How an adaptation's texts are read and scored."""
+        check_slot(slot, self.adapted.slots)
         return cast(Reader, self.readers[self.seats[slot][0]])
 
     @property
@@ -191,7 +192,7 @@ class Model(Trainable):
 
         A calibration that needs no texts is measured on them. `fit` gives a model that has none its training rows.
         """
-        self._at(slot)
+        self.reader(slot)
         demonstrate(self, examples, slot, seed)
 
     def calibrate(self, examples: Sequence[Example] = (), slot: int = 0, batch_size: int = 32) -> None:
@@ -207,7 +208,7 @@ class Model(Trainable):
         Raises:
             ConfigError: the task has no calibration, or needs texts for it.
         """
-        if self._at(slot).task.calibration is None:
+        if self.reader(slot).task.calibration is None:
             raise ConfigError("this task has no calibration; give it one, Task(…, calibration=dp.Contextualised())")
         starting.calibrate(self, examples, slot, batch_size)
 
@@ -265,11 +266,6 @@ class Model(Trainable):
     ) -> dict[str, float]:
         """`{"accuracy", "macro_f1", …, "loss"}` of labelled rows."""
         return measured(through or self, self.features, self.task, rows, batch_size, slot)
-
-    def _at(self, slot: int) -> Reader:
-        """The reader of a slot that somebody named."""
-        check_slot(slot, self.adapted.slots)
-        return self.reader(slot)
 
     def parts(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Every trainable tensor `[slots, …]` by stored name; of several tasks a verbalizer's begin with its number."""

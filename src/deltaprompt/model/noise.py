@@ -8,7 +8,7 @@ import torch
 
 from deltaprompt.errors import ConfigError
 from deltaprompt.model.model import Model
-from deltaprompt.model.starting import check_labelled
+from deltaprompt.model.starting import check_labelled, check_started
 from deltaprompt.types import Example
 from deltaprompt.verbalizers.spherical_prototypes import SphericalPrototypes
 
@@ -30,12 +30,13 @@ def noise_scores(model: Model, examples: Sequence[Example], batch_size: int = 32
         raise ConfigError("noise is told of one label an example, and this task gives several")
     for example in examples:
         check_labelled(example)
-    classes = [model.features.label_index(str(example.label)) for example in examples]
-    reader = model.reader(slot)
+    reader, place = model.reader(slot), model.seats[slot][1]
+    check_started(reader, place)
+    classes = [reader.features.classes_of(example)[0] for example in examples]
     if not isinstance(reader.verbalizer, SphericalPrototypes):
         found = model.probabilities(examples, batch_size, slot)
         return [1 - float(p[y]) for p, y in zip(found, classes, strict=True)]
     states = model.embed(reader.features, [Example(example.fields) for example in examples], slot, batch_size)
-    w = reader.scorer.slot(model.seats[slot][1])
+    w = reader.scorer.slot(place)
     found = reader.verbalizer.noise_score(w, states, torch.tensor(classes, device=states.device))
     return [float(score) for score in found]

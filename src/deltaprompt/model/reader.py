@@ -122,7 +122,7 @@ class Reading:
     @property
     def continues(self) -> bool:
         """Whether answers of several tokens are scored one after another, so that its rows are run by themselves."""
-        return self.later > 0
+        return self.later > 0 or isinstance(self.verbalizer, Phrased)
 
     @property
     def later(self) -> int:

@@ -19,7 +19,7 @@ from deltaprompt.errors import ConfigError, DataError
 from deltaprompt.features import Encoded
 from deltaprompt.model.model import Model
 from deltaprompt.model.starting import calibrate
-from deltaprompt.model.trainable import evaluating
+from deltaprompt.model.trainable import check_known, evaluating
 from deltaprompt.model.wrapped import Wrapped
 from deltaprompt.types import Batch, Example
 from deltaprompt.verbalizers._base import Started
@@ -80,6 +80,7 @@ class Similar(Wrapped):
         self, rows: Sequence[Encoded], batch_size: int = 32, slot: int = 0, through: nn.Module | None = None
     ) -> dict[str, float]:
         """`{"accuracy", "loss"}` of encoded pairs; a pair is taken for the same where s is above 1/2."""
+        check_known([row.label is not None for row in rows])
         right, loss = 0, 0.0
         with evaluating(self):
             for batch in self.batches(rows, batch_size):

@@ -22,7 +22,7 @@ from deltaprompt.model import span_metrics
 from deltaprompt.model.model import Model, example_of
 from deltaprompt.model.starting import check_ready
 from deltaprompt.model.tagging import Tagging
-from deltaprompt.model.trainable import evaluating
+from deltaprompt.model.trainable import check_known, evaluating
 from deltaprompt.model.transitions import paths_of
 from deltaprompt.model.wrapped import Wrapped
 from deltaprompt.types import AtMask, Batch, Example, Span
@@ -52,6 +52,13 @@ class Tagger(Wrapped):
                 "kind='encoder'"
             )
         super().__init__(Model(backbone, tagging.task, deltas, seeds))
+        reading = self.reader()
+        if isinstance(reading.verbalizer, Started) and reading.verbalizer.texts(reading.scorer.setting):
+            self.adapted.remove()
+            raise ConfigError(
+                f"{type(reading.verbalizer).__name__} starts from sentences about labels, and these are classes of "
+                "words; leave them out"
+            )
         self.tagging = tagging
         self.words = Words(self.model.features)
         self.transitions = tagging.transitions
@@ -145,6 +152,7 @@ class Tagger(Wrapped):
             slot: which adaptation.
             through: a module around this one that is called in its place.
         """
+        check_known([bool(row.targets) for row in rows], "class of each word")
         loss, words, right, counts = 0.0, 0, 0, span_metrics.Counts()
         with evaluating(self):
             for batch in self.batches(rows, batch_size):

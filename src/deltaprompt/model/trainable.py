@@ -14,8 +14,17 @@ from torch import Tensor, nn
 from deltaprompt.backbone import Backbone
 from deltaprompt.compose import Adapted
 from deltaprompt.deltas._base import Delta
+from deltaprompt.errors import ConfigError
 from deltaprompt.features import Encoded, Features
 from deltaprompt.types import Batch
+
+
+def check_known(known: Sequence[bool], what: str = "label") -> None:
+    """Raises where there is nothing to measure on, or a row has nothing to be compared with."""
+    if not known:
+        raise ConfigError("there are no rows to measure on")
+    if not all(known):
+        raise ConfigError(f"row {known.index(False) + 1} of {len(known)} has no {what} to be compared with")
 
 
 class Trainable(nn.Module, ABC):

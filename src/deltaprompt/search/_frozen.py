@@ -105,14 +105,16 @@ class Frozen:
         """Batches of places that can be run together.
 
         A left-to-right model reads a text before what a template adds behind it: the prompts of one text go together,
-        and the text is run once. Elsewhere rows of one length do. Answers that go on are scored a template at a time.
+        and the text is run once. Elsewhere rows of one length do. Answers that go on are scored a template at a time,
+        and so are templates with soft tokens, of which each slot has its own.
         """
+        soft = any(True for _ in model.adapted.parts())
         together: dict[tuple[int, int, int], list[Place]] = {}
         for number, own in enumerate(encoded):
             continues = model.reader(alike[number][0]).reading.continues
             for row, one in enumerate(own):
                 text = row if self.backbone.kind == "causal" and not continues else -1
-                key = (text, number if continues else -1, len(one.variants))
+                key = (text, number if continues or soft else -1, len(one.variants))
                 together.setdefault(key, []).append((number, row))
         for places in together.values():
             if self.backbone.kind == "causal":
@@ -131,7 +133,9 @@ class Frozen:
     ) -> Iterator[tuple[int, list[int], Tensor]]:
         """Of one batch: a slot, some rows, and their probabilities [rows, c] there."""
         batch = model.features.collate([encoded[number][row] for number, row in part]).to(model.device)
-        reading = model.reader(alike[part[0][0]][0]).reading
+        first = alike[part[0][0]][0]
+        model.adapted.route(first)
+        reading = model.reader(first).reading
         repeated = model.adapted.repeated if reading.continues else None
         at = read(self.backbone, batch, repeated, more=reading.later)
         for number in dict.fromkeys(number for number, _ in part):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from time import monotonic
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -105,12 +105,13 @@ def label_words(
         raise ConfigError(f"words = {options.words}, and the vocabulary has {len(known)} whole words; take fewer")
     head, states = _head(backbone), s.frozen.states(task, s.train)
     rows = _Rows(head, states, torch.tensor(list(known)), _log_likelihoods(head, states))
-    found = rows.best(classes, options)
+    found = _Found.of(s.journal.once("assignments", lambda: rows.best(classes, options).told()))
     tasks = [
         s.worded({name: (known[i],) for name, i in zip(task.names, ids, strict=True)}) for ids in found.ids.tolist()
     ]
     scores = [Score.of(p, classes) for p in s.probabilities("train", tasks, s.train)]
-    others = [rows.best(order, options).accuracy for order in permuted(classes, options.permutations, seed)]
+    orders = permuted(classes, options.permutations, seed)
+    others = s.journal.once("permuted", lambda: [rows.best(order, options).accuracy for order in orders])
     controls = {
         "candidates": found.tried,
         "best": found.accuracy,
@@ -130,6 +131,15 @@ class _Found:
     accuracy: float
     tried: int
     likeliest: Tensor
+
+    def told(self) -> dict[str, Any]:
+        """The same as JSON."""
+        return {name: v.tolist() if isinstance(v, Tensor) else v for name, v in vars(self).items()}
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> _Found:
+        """What was told."""
+        return cls(torch.tensor(told["ids"]), told["accuracy"], told["tried"], torch.tensor(told["likeliest"]))
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltaprompt.errors import DataError
 from deltaprompt.features import Encoded
 from deltaprompt.model.trainable import Trainable
 from deltaprompt.trainer.accelerated import optimizer_for
@@ -48,6 +49,11 @@ class Course:
         self.training = plan.training
         self.rows = encode(plan.train, slot)
         self.dev = encode(plan.dev, slot) if plan.dev else []
+        for name, given, rows in (("training", plan.train, self.rows), ("dev", plan.dev, self.dev)):
+            if given and not rows:
+                raise DataError(
+                    f"nothing is left of the {len(given)} {name} examples: each is too long, or has no word"
+                )
         t = plan.training
         lengths, classes = [row.length for row in self.rows], [row.label for row in self.rows]
         self.order = Order(lengths, t.batch_size, t.accumulate, plan.seed, classes, t.per_class)

@@ -37,6 +37,10 @@ class Objective(ABC):
         """Whether examples change a slot though nothing of it trains; not unless a model says so."""
         return False
 
+    def takes_unlabelled(self) -> bool:
+        """Whether something is done with texts without labels; not unless a model says so."""
+        return False
+
     @abstractmethod
     def told(self, slot: int) -> dict[str, Any]:
         """What is asked of a slot, in a few words by name."""
@@ -92,6 +96,9 @@ class Labelling(Objective):
         reader = self.model.reader(slot)
         shows = reader.features.template.demos is not None
         return shows or reader.task.calibration is not None or isinstance(reader.verbalizer, Started)
+
+    def takes_unlabelled(self) -> bool:
+        return True
 
     def told(self, slot: int) -> dict[str, Any]:
         reader = self.model.reader(slot)
@@ -155,6 +162,9 @@ class Pairing(Objective):
     def check(self, name: str, examples: Sequence[Example]) -> None:
         for pair in examples:
             label_of(pair)
+
+    def takes_unlabelled(self) -> bool:
+        return True
 
     def told(self, slot: int) -> dict[str, Any]:
         return {"task": f"{self.model.reader(slot).task!r}, of pairs"}

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
-from deltaprompt.data.episodes import Episode
 from deltaprompt.trainer.training import Training
 from deltaprompt.types import Example
 
@@ -43,12 +42,11 @@ class Plan:
 def told(examples: Sequence[Any]) -> str:
     """The number of examples, or of episodes, and a digest of them in their order."""
     digest = hashlib.sha256()
-    for example in _rows(examples):
-        more = [part for part in (example.references, example.messages, example.labels, example.spans) if part]
-        digest.update(json.dumps([sorted(example.fields.items()), example.label, *more]).encode())
+    for example in examples:
+        digest.update(json.dumps(example, sort_keys=True, default=_named).encode())
     return f"{len(examples)} examples ({digest.hexdigest()[:12]})"
 
 
-def _rows(examples: Sequence[Any]) -> Iterator[Example]:
-    for example in examples:
-        yield from (*example.support, *example.query) if isinstance(example, Episode) else (example,)
+def _named(value: Any) -> dict[str, Any]:
+    """What JSON has no form for: a mapping, or all fields of an example or an episode by name."""
+    return dict(value) if isinstance(value, Mapping) else {f.name: getattr(value, f.name) for f in fields(value)}

@@ -17,6 +17,11 @@ FREE = ("checkpoint_every", "checkpointing", "keep")  # options that change no n
 def check(model: Trainable, slot: int, plan: Plan) -> None:
     """Raises where there is nothing to train, or nothing to train on."""
     objective, zero_shot = objective_of(model), not plan.train and bool(plan.unlabelled)
+    if plan.unlabelled and not objective.takes_unlabelled():
+        raise ConfigError(
+            f"{len(plan.unlabelled)} unlabelled texts, and nothing is done with them by a {type(model).__name__}; "
+            "leave them out"
+        )
     if not zero_shot and model.parameter_count(slot) == 0 and not objective.takes_examples(slot):
         raise ConfigError(
             "nothing in this model trains: add a delta (lora, …) or a verbalizer that learns (soft); or let it take "

@@ -186,6 +186,13 @@ def check_scale(name: str, scale: float) -> None:
         raise ConfigError(f"{name}: got scale={scale}; scale > 0 is possible")
 
 
+def check_weights(name: str, **options: float) -> None:
+    """Checks numbers that may be 0."""
+    for option, value in options.items():
+        if not 0 <= value < math.inf:
+            raise ConfigError(f"{name}: got {option}={value}; {option} >= 0 is possible")
+
+
 def of_each(given: Mapping[str, object], labels: Sequence[str], what: str) -> None:
     """Checks that every class, and nothing else, has an entry that is not empty."""
     for label in labels:

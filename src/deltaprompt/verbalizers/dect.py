@@ -20,6 +20,7 @@ from deltaprompt.verbalizers._base import (
     Setting,
     Started,
     Verbalizer,
+    check_weights,
     class_means,
     each_has_examples,
     pooled,
@@ -51,10 +52,9 @@ class DecT(Wordable, Verbalizer, Started):
     begun: ClassVar[str] = "r"
 
     def __post_init__(self) -> None:
-        if self.dim < 1 or self.word_weight < 0:
-            raise ConfigError(
-                f"dect: got dim={self.dim}, word_weight={self.word_weight}; possible: dim >= 1, word_weight >= 0"
-            )
+        check_weights("dect", word_weight=self.word_weight)
+        if self.dim < 1:
+            raise ConfigError(f"dect: got dim={self.dim}; dim >= 1 is possible")
 
     def params(self, s: Setting) -> Mapping[str, Param]:
         classes = len(s.labels)

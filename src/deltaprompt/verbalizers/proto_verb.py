@@ -21,6 +21,7 @@ from deltaprompt.verbalizers._base import (
     Started,
     Trained,
     Verbalizer,
+    check_scale,
     class_means,
     cosine,
     each_has_examples,
@@ -53,8 +54,9 @@ class ProtoVerb(Wordable, Verbalizer, Started, Trained):
     begun: ClassVar[str] = "z"
 
     def __post_init__(self) -> None:
-        if self.dim < 1 or self.scale <= 0:
-            raise ConfigError(f"proto_verb: got dim={self.dim}, scale={self.scale}; possible: dim >= 1, scale > 0")
+        check_scale("proto_verb", self.scale)
+        if self.dim < 1:
+            raise ConfigError(f"proto_verb: got dim={self.dim}; dim >= 1 is possible")
 
     def params(self, s: Setting) -> Mapping[str, Param]:
         return {"w": Param((self.dim, s.width), kaiming), "z": Param((len(s.labels), self.dim), zeros)}

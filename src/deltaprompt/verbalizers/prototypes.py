@@ -21,6 +21,7 @@ from deltaprompt.verbalizers._base import (
     Started,
     Verbalizer,
     check_scale,
+    check_weights,
     class_means,
     cosine,
     each_has_examples,
@@ -46,6 +47,7 @@ class Prototypes(Verbalizer, Started):
 
     def __post_init__(self) -> None:
         check_scale("prototypes", self.scale)
+        check_weights("prototypes", description_weight=self.description_weight)
 
     def params(self, s: Setting) -> Mapping[str, Param]:
         return {"z": Param((len(s.labels), s.width), zeros)}

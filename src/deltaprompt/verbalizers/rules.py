@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, nll_loss
 from deltaprompt.errors import ConfigError
 from deltaprompt.params import Param, Weights
 from deltaprompt.types import AtMask
-from deltaprompt.verbalizers._base import Setting, Trained, Verbalizer, normalised, of_each
+from deltaprompt.verbalizers._base import Setting, Trained, Verbalizer, check_weights, normalised, of_each
 from deltaprompt.verbalizers._words import tuple_of
 
 
@@ -32,6 +32,7 @@ class Rules(Verbalizer, Trained):
     auxiliary: float = 1.0
 
     def __post_init__(self) -> None:
+        check_weights("rules", auxiliary=self.auxiliary)
         for label, rule in self.rules.items():
             given: object = rule
             if isinstance(given, str):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deltaprompt.params import Param, Weights, normal, zeros
 from deltaprompt.types import AtMask
-from deltaprompt.verbalizers._base import Setting, Verbalizer, pooled, without_prior
+from deltaprompt.verbalizers._base import Setting, Verbalizer, check_weights, pooled, without_prior
 from deltaprompt.verbalizers._likelihood import of_classes, scored
 from deltaprompt.verbalizers._words import Wordable
 
@@ -28,6 +28,9 @@ class SoftVerbalizer(Wordable, Verbalizer):
 
     init_std: float = 0.02
     words: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_weights("soft", init_std=self.init_std)
 
     def params(self, s: Setting) -> Mapping[str, Param]:
         classes, init = len(s.labels), zeros if self.words else normal(self.init_std)

@@ -30,6 +30,10 @@ class Written(Verbalizer, Phrased):
     per_token: bool = True
     longest: int = 32
 
+    def __post_init__(self) -> None:
+        if self.longest < 1:
+            raise ConfigError(f"written: got longest={self.longest}; a text has 1 token or more")
+
     def phrases(self, labels: tuple[str, ...]) -> tuple[str, ...]:
         of_each(self.texts, labels, "text")
         return tuple(self.texts[label] for label in labels)
