@@ -112,11 +112,19 @@ def _classified(
 ) -> Found:
     """Trains an encoder and a head by cross-entropy, the rate falling linearly behind a tenth of warm-up.
 
-    Options: `epochs`, `least_steps` where epochs are fewer, `batch_size`, `learning_rate`, `head_rate`, `max_length`.
+    Options: `epochs`, `least_steps` where epochs are fewer, `most_steps` where they are more, `batch_size`,
+    `learning_rate`, `head_rate`, `max_length`.
     """
     from transformers import AutoModel, AutoTokenizer, get_linear_schedule_with_warmup, set_seed
 
-    known = {"epochs": 20, "least_steps": 60, "batch_size": 16, "max_length": 256, "weight_decay": 0.01}
+    known = {
+        "epochs": 20,
+        "least_steps": 60,
+        "most_steps": None,
+        "batch_size": 16,
+        "max_length": 256,
+        "weight_decay": 0.01,
+    }
     own = {**known, **options}
     folder = _encoder(own)
     if odd := sorted(own.keys() - known.keys() - {"learning_rate", "head_rate"}):
@@ -137,6 +145,7 @@ def _classified(
     rates = ((trained, own["learning_rate"]), (list(head.parameters()), own["head_rate"]))
     optimizer = torch.optim.AdamW([{"params": p, "lr": r} for p, r in rates], weight_decay=own["weight_decay"])
     steps = max(own["least_steps"], own["epochs"] * -(-len(train) // size))
+    steps = min(steps, own["most_steps"] or steps)
     schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
     encoder.train()
     left: list[int] = []
