@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from deltaprompt.verbalizers.knowledgeable import Knowledgeable
     from deltaprompt.verbalizers.label_descriptions import LabelDescriptions
     from deltaprompt.verbalizers.label_words import LabelWords
+    from deltaprompt.verbalizers.linear_probe import LinearProbe
     from deltaprompt.verbalizers.nn_shot import NNShot
     from deltaprompt.verbalizers.proto_net import ProtoNet
     from deltaprompt.verbalizers.proto_verb import ProtoVerb
@@ -90,6 +91,7 @@ __all__ = [
     "LabelDescriptions",
     "LabelWords",
     "Learner",
+    "LinearProbe",
     "LoRA",
     "Many",
     "Message",

@@ -80,6 +80,8 @@ def model_of(backbone, task=None, deltas=("lora",), seeds=(0,)):
             tensor.data.copy_(torch.arange(5, 5 + tensor.numel()).reshape(tensor.shape))
         elif name == "kept":  # all words but the second, which is not the only one of its label
             tensor.data.fill_(1)[..., 1] = 0
+        elif name in ("weight", "bias"):  # of a regression, which is solved and does not train
+            tensor.data.add_(torch.randn(tensor.shape, generator=chance))
         elif name in ("s", "has"):  # stored states, and which there are
             tensor.data.copy_(torch.rand(tensor.shape, generator=chance).round(decimals=0 if name == "has" else 9))
     try:

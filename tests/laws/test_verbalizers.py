@@ -60,6 +60,7 @@ PARAMETERS = {  # closed forms, of c classes and d-wide states
     "proto_net": lambda c, d: c * d,
     "hyper_proto": lambda c, d: c * (d + 1),
     "nn_shot": lambda c, d: 0,
+    "linear_probe": lambda c, d: 0,
     "spherical_prototypes": lambda c, d: c * (2 * d + 1),
 }
 FAMILIES = ["bert", "gpt2", "llama", "t5", "bart", "bert-encoder"]

@@ -51,6 +51,7 @@ def test_the_public_names():
         "LabelDescriptions",
         "LabelWords",
         "Learner",
+        "LinearProbe",
         "LoRA",
         "Many",
         "Message",

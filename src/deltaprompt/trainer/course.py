@@ -117,6 +117,11 @@ class Course:
         step = self.state.step
         return step == self.total or step % self.training.evaluate_every(self.order.epoch) == 0
 
+    def solve(self) -> None:
+        """A verbalizer that is solved is solved again, on what deltas have learned, where that is measured or kept."""
+        if self.dev or self.state.step == self.total:
+            objective_of(self.model).solve(self.slot, self.plan)
+
     def take_evaluation(self, metrics: dict[str, float]) -> bool:
         """Metrics on dev (none without) into the history; true where they are the best. It may stop."""
         state, t = self.state, self.training

@@ -209,6 +209,7 @@ class Loop:
         module, better, seen = self.accelerator.unwrap_model(self.module), False, list[Metrics]()
         for course in courses:
             t = course.training
+            course.solve()
             metrics = self.model.measure(course.dev, t.batch_size, course.slot, module) if course.dev else {}
             seen += [metrics] if metrics else []
             if course.take_evaluation(metrics):

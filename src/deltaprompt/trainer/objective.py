@@ -57,6 +57,10 @@ class Objective(ABC):
         """Gives a slot what it has from examples before it trains: nothing unless a model says so."""
         return
 
+    def solve(self, slot: int, plan: Plan) -> None:
+        """Gives it again what is solved from what deltas make of examples: nothing unless a model says so."""
+        return
+
     @property
     def left(self) -> bool:
         """Whether rows are padded on the left."""
@@ -118,6 +122,10 @@ class Labelling(Objective):
         rows = plan.training.batch_size
         self.model.start(plan.train, slot, rows, plan.unlabelled)
         calibrate(self.model, plan.unlabelled or plan.train, slot, rows)
+
+    def solve(self, slot: int, plan: Plan) -> None:
+        if _solved(self.model.reader(slot)):
+            self.start(slot, plan)
 
     def sort(self, slot: int, row: Encoded) -> tuple[int, int]:
         return _sort(self.model.reader(slot), self.group(slot), row)
@@ -200,6 +208,10 @@ class Finding(Objective):
     def start(self, slot: int, plan: Plan) -> None:
         self.model.start(plan.train, slot, plan.training.batch_size)
 
+    def solve(self, slot: int, plan: Plan) -> None:
+        if _solved(self.model.reader(slot)):
+            self.start(slot, plan)
+
     def whole(self, slots: Sequence[int]) -> bool:
         return any(isinstance(self.model.reader(slot).verbalizer, Trained) for slot in slots)
 
@@ -224,6 +236,11 @@ class Adapting(Objective):
 
     def below(self, rows: Sequence[Encoded]) -> Below | Nothing:
         return below(self.model.model, rows)
+
+
+def _solved(reader: Reader) -> bool:
+    """Whether the verbalizer is solved, and not trained by steps."""
+    return isinstance(reader.verbalizer, Started) and reader.verbalizer.solved
 
 
 def _sort(reader: Reader, group: int, row: Encoded) -> tuple[int, int]:

@@ -106,6 +106,7 @@ class Started(ABC):
     begun: ClassVar[str]  # a tensor that is all zero before the start, without which there is no answer; "" for none
     labelled: ClassVar[bool] = True  # whether the support needs labels
     most: ClassVar[int | None] = None  # examples of the support that it looks at, at most
+    solved: ClassVar[bool] = False  # whether it is started again on what deltas have learned
 
     def texts(self, s: Setting) -> Sequence[str]:
         """The texts, besides the support, whose states it starts from; none unless a class says so."""
