@@ -12,6 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from torch.nn.functional import normalize
 
 import deltaprompt as dp
+from deltaprompt.data.episodes import Episode
 from deltaprompt.errors import ConfigError
 from deltaprompt.verbalizers.linear_probe import LinearProbe, regression
 from tests import backbones_zoo as zoo
@@ -112,6 +113,15 @@ def test_a_tagger_has_it_too() -> None:
     ]
     dp.fit(tagger, rows, training=FAST)
     assert [found["text"] for found in tagger.predict(["a good film"])[0]["entities"]] == ["film"]
+
+
+def test_it_begins_from_the_support_of_an_episode() -> None:
+    learner = dp.Learner(
+        zoo.build("bert-encoder"), dp.Episodic(verbalizer=LinearProbe(penalty=1e-3)), [dp.LoRA(rank=2)]
+    )
+    rows = tuple(dp.Example({"text": text}, label) for text, label in zip(TEXTS, "aabbcc", strict=True))
+    found = learner.measure(learner.encode([Episode(rows, rows, ("a", "b", "c"))]))
+    assert found["accuracy"] == 1
 
 
 def test_what_it_cannot_be_is_told() -> None:

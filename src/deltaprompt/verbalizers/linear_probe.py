@@ -1,7 +1,6 @@
-"""score = W h + b: logistic regression of states, solved and not stepped towards, before deltas train and after.
+"""score = W h + b: logistic regression of states, solved before deltas train (LP-FT, Kumar et al. 2022) and after.
 
-Head first, then the layers below it, keeps what these know (LP-FT, Kumar et al. 2022); a regression on the states that
-training has left is SetFit's second stage (Tunstall et al. 2022). W and b minimise
+That after them is SetFit's second stage (Tunstall et al. 2022). W and b minimise
 
     Σ_i ω_i CE(W x_i + b, y_i) + λ / 2 ‖W‖²,   x = (h / |h| − μ) / σ,   λ = penalty / number of classes,
 
@@ -11,8 +10,6 @@ h / |h|, and σ² the mean squared distance to it.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -51,9 +48,9 @@ class LinearProbe(Verbalizer, Started):
     most: ClassVar[int | None] = 10_000
 
     def __post_init__(self) -> None:
-        for name, value in (("description_weight", self.description_weight), ("penalty", self.penalty)):
-            if not 0 < value < math.inf:
-                raise ConfigError(f"linear_probe: got {name}={value}; {name} > 0 is possible")
+        for name in ("description_weight", "penalty"):
+            if not 0 < vars(self)[name] < torch.inf:
+                raise ConfigError(f"linear_probe: got {name}={vars(self)[name]}; {name} > 0 is possible")
 
     def params(self, s: Setting) -> Mapping[str, Param]:
         shapes = {"weight": (len(s.labels), s.width), "bias": (len(s.labels),)}
@@ -87,15 +84,16 @@ class LinearProbe(Verbalizer, Started):
 
 def regression(x: Tensor, y: Tensor, weights: Tensor, classes: int, penalty: float) -> tuple[Tensor, Tensor]:
     """W [c, d] and b [c] of the one minimum, by L-BFGS from 0, of rows x [n, d] of classes y and weights [n]."""
-    w, b = (x.new_zeros(shape, requires_grad=True) for shape in ((classes, x.shape[1]), (classes,)))
-    optimizer = torch.optim.LBFGS([w, b], max_iter=200, line_search_fn="strong_wolfe")
+    with torch.inference_mode(False), torch.enable_grad():  # whatever holds where it is called
+        x, y, weights = x.clone(), y.clone(), weights.clone()
+        w, b = (x.new_zeros(shape, requires_grad=True) for shape in ((classes, x.shape[1]), (classes,)))
+        optimizer = torch.optim.LBFGS([w, b], max_iter=200, line_search_fn="strong_wolfe")
 
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = weights @ cross_entropy(x @ w.mT + b, y, reduction="none") + penalty / 2 * w.square().sum()
-        value.backward()
-        return value
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            value = weights @ cross_entropy(x @ w.mT + b, y, reduction="none") + penalty / 2 * w.square().sum()
+            value.backward()
+            return value
 
-    with torch.enable_grad():
         optimizer.step(loss)
     return w.detach(), b.detach()
