@@ -306,12 +306,20 @@ def test_two_batches_of_two_are_one_of_four(family):
         assert_close(found[2][name], tensor, rtol=1e-4, atol=1e-8)
 
 
-@pytest.mark.parametrize(("dropout", "most"), [(0.0, 1024), (0.0, 24), (0.3, 1024)], ids=["one", "split", "dropout"])
+@pytest.mark.parametrize(
+    ("at", "dropout", "most"),
+    [("attn.q", 0.0, 1024), ("attn.q", 0.0, 24), ("attn.q", 0.3, 1024), ("head", 0.0, 1024)],
+    ids=["one", "split", "dropout", "head"],
+)
 @pytest.mark.parametrize("family", ["llama", "t5"])
-def test_several_seeds_in_one_pass_end_as_each_alone(family, dropout, most, monkeypatch):
-    """Also where a step's rows are too many tokens for one pass: each row then counts by its target's tokens."""
+def test_several_seeds_in_one_pass_end_as_each_alone(family, at, dropout, most, monkeypatch):
+    """Also where a step's rows are too many tokens for one pass: each row then counts by its target's tokens.
+
+    At the head a row is a target's token, of a seed each, also where scores are formed in parts.
+    """
     monkeypatch.setitem(loop.MOST, "cpu", most)
-    deltas = [LoRA(rank=2, dropout=dropout)]
+    monkeypatch.setattr(module, "SCORES", 7 * 1024)
+    deltas = [LoRA(rank=2, dropout=dropout, at=(at,))]
     how = Training(epochs=3, batch_size=3, learning_rate=1e-2)
     model = Generator(zoo.build(family, torch.float64), GENERATION, deltas, [3, 4])
     runs = fit_many(model, [Plan(EXAMPLES, EXAMPLES[:2], how, seed=seed) for seed in (3, 4)])

@@ -87,13 +87,18 @@ def test_guessing_gets_better():
     assert last < first  # by how much: the tiny tokenizer differs from process to process
 
 
-def test_several_draw_their_masks_as_each_would_alone():
-    plans = [Plan(ROWS, ROWS, QUICK, seed=seed) for seed in range(2)]
-    many = made(2, torch.float64, rate=0.5)
+@pytest.mark.parametrize("at", ["attn.q", "head"])
+def test_several_draw_their_masks_as_each_would_alone(at):
+    plans, task = [Plan(ROWS, ROWS, QUICK, seed=seed) for seed in range(2)], dp.Task("{text} It was {mask}.", WORDS)
+
+    def learning(*seeds):
+        model = dp.Model(zoo.build("bert", torch.float64), task, [dp.LoRA(rank=2, at=(at,))], seeds)
+        return WithMasks(model, rate=0.5)
+
+    many = learning(0, 1)
     fit_many(many, plans)
     for seed in range(2):
-        task = dp.Task("{text} It was {mask}.", WORDS)
-        alone = WithMasks(dp.Model(zoo.build("bert", torch.float64), task, [dp.LoRA(rank=2)], [seed]), rate=0.5)
+        alone = learning(seed)
         fit(alone, ROWS, ROWS, training=QUICK, seed=seed)
         for name, tensor in alone.stored().items():
             assert_close(many.stored(seed)[name], tensor, atol=1e-9, rtol=1e-9)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import repeat
 from typing import Any, Final, TypeAlias
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from deltaprompt.backbone import Backbone
 from deltaprompt.backbone.heads import Head
 from deltaprompt.compose import Adapted, Index, carries_deltas, instances
-from deltaprompt.compose.routing import check_slot
+from deltaprompt.compose.routing import Routing, check_slot
 from deltaprompt.deltas._base import Delta
 from deltaprompt.errors import ConfigError
 from deltaprompt.features import Encoded, Features
@@ -99,8 +100,9 @@ class Generator(Trainable):
         self.adapted.route(adaptation)
         there = batch.targets >= 0  # [b, m]
         states = self._read(batch)[there]  # [n, d]
-        each = token_losses(_head(self.backbone), states, batch.targets[there])  # [n]
         rows = there.sum(1)  # [b]
+        whose = adaptation.repeat_interleave(rows) if isinstance(adaptation, Tensor) else adaptation
+        each = token_losses(_head(self.backbone), states, batch.targets[there], self.adapted.routing, whose)  # [n]
         tokens = [int(own.sum()) for own in rows.split(list(sizes or [len(rows)]))]
         losses = torch.stack([own.mean() for own in each.split(tokens)])
         return {"loss": losses.mean(), "losses": losses}
@@ -267,17 +269,22 @@ def generator(
     return Generator(backbone, generation, deltas, [seed])
 
 
-def token_losses(head: Head, states: Tensor, targets: Tensor) -> Tensor:
-    """−log p(target) [n] at states [n, d]; too many scores at once are formed in parts, and again going back."""
+def token_losses(head: Head, states: Tensor, targets: Tensor, routing: Routing, whose: Index) -> Tensor:
+    """−log p(target) [n] at states [n, d]; too many scores at once are formed in parts, and again going back.
 
-    def losses(states: Tensor, targets: Tensor) -> Tensor:
-        scores = head.logits(states)  # [n, vocabulary]
+    Deltas that act at the head are those of `whose`: a slot, or one a state [n].
+    """
+
+    def losses(states: Tensor, targets: Tensor, whose: Index) -> Tensor:
+        with routing.at(whose):
+            scores = head.logits(states)  # [n, vocabulary]
         return cross_entropy(scores.to(torch.promote_types(scores.dtype, torch.float32)), targets, reduction="none")
 
     size = max(1, SCORES // head.size)
     if len(states) <= size:
-        return losses(states, targets)
-    parts = zip(states.split(size), targets.split(size), strict=True)
+        return losses(states, targets, whose)
+    slots = whose.split(size) if isinstance(whose, Tensor) else repeat(whose)
+    parts = zip(states.split(size), targets.split(size), slots, strict=False)
     return torch.cat([checkpoint(losses, *part, use_reentrant=False) for part in parts])
 
 

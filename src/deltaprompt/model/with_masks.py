@@ -57,7 +57,9 @@ class WithMasks(Wrapped):
         answers = AtMask(at.hidden[:, :, :ends], at.present[:, :, :ends], at.logits)
         logits = self.model.scores(answers, adaptation)
         losses = self.model.losses(answers, logits, batch.labels, adaptation, sizes)
-        losses = losses + self.weight * self._guessed(at.hidden[:, :, ends:], places, ids, sizes or [len(logits)])
+        losses = losses + self.weight * self._guessed(
+            at.hidden[:, :, ends:], places, ids, adaptation, sizes or [len(logits)]
+        )
         return {"loss": losses.mean(), "losses": losses, "logits": logits}
 
     def _drawn(self, batch: Batch) -> Tensor:
@@ -68,12 +70,16 @@ class WithMasks(Wrapped):
         free = batch.inputs["attention_mask"].bool() & ~torch.isin(ids, special) & (ids < self.backbone.vocabulary)
         return drawn & free
 
-    def _guessed(self, hidden: Tensor, places: Tensor, ids: Tensor, sizes: Sequence[int]) -> Tensor:
+    def _guessed(self, hidden: Tensor, places: Tensor, ids: Tensor, adaptation: Index, sizes: Sequence[int]) -> Tensor:
         """The mean loss of masked tokens of each adaptation's rows; 0 where none was masked."""
         assert self.backbone.head is not None  # of every masked language model
         there = places >= 0  # [b * v, k]
         right = ids.gather(1, places.clamp(min=0))[there]
-        lost = token_losses(self.backbone.head, hidden.flatten(0, 1)[there], right)
+        whose = adaptation
+        if isinstance(adaptation, Tensor):
+            whose = adaptation.repeat_interleave(hidden.shape[1])[:, None].expand(there.shape)[there]
+        routing = self.model.adapted.routing
+        lost = token_losses(self.backbone.head, hidden.flatten(0, 1)[there], right, routing, whose)
         each = lost.new_zeros(there.shape).masked_scatter(there, lost)
         rows = [n * hidden.shape[1] for n in sizes]
         parts = zip(each.split(rows), there.split(rows), strict=True)

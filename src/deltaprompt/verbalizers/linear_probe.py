@@ -10,6 +10,7 @@ h / |h|, and σ² the mean squared distance to it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
