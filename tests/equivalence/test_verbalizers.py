@@ -22,6 +22,7 @@ from deltaprompt.verbalizers.hyper_proto import HyperProto
 from deltaprompt.verbalizers.knowledgeable import Knowledgeable
 from deltaprompt.verbalizers.label_descriptions import LabelDescriptions
 from deltaprompt.verbalizers.label_words import LabelWords
+from deltaprompt.verbalizers.linear_probe import LinearProbe
 from deltaprompt.verbalizers.nn_shot import NNShot
 from deltaprompt.verbalizers.proto_net import ProtoNet
 from deltaprompt.verbalizers.proto_verb import ProtoVerb
@@ -112,6 +113,7 @@ VERBALIZERS = {
     "proto_net_dot": lambda words: ProtoNet(metric="dot", scale=0.1),
     "nn_shot": lambda words: NNShot(each=4, scale=0.1, trains=True),
     "nn_shot_cosine": lambda words: NNShot(each=1, metric="cosine"),
+    "linear_probe": lambda words: LinearProbe(penalty=0.1),
     "spherical_prototypes": lambda words: SphericalPrototypes(),
     "rules": lambda words: Rules({"up": ("good", "bad"), "down": (("bad", "not"), "film"), "so": ("not", "film")}),
 }
@@ -225,9 +227,9 @@ class Reference:
             return [self.model.verbalizer.scale * cos(z, h) for z in w["z"]]
         if self.name.startswith(("hyper_proto", "proto_net", "nn_shot")):
             return [self.model.verbalizer.scale * self.near(h, c) for c in range(3)]
-        linear = {"soft": "weight", "dect": "w", "proto_verb": "w"}[self.name.removeprefix("bare_")]
-        v = w[linear] @ h
-        if self.name.endswith("soft"):
+        linear = {"soft": "weight", "linear_probe": "weight", "dect": "w", "proto_verb": "w"}
+        v = w[linear[self.name.removeprefix("bare_")]] @ (h / h.norm() if self.name == "linear_probe" else h)
+        if self.name.endswith(("soft", "linear_probe")):
             own = [float(a + b) for a, b in zip(v, w["bias"], strict=True)]
             return [a + self.mean(words, c, "geometric") for c, a in enumerate(own)] if words else own
         if self.name.endswith("proto_verb"):
