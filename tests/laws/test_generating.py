@@ -145,7 +145,7 @@ def test_scores_that_are_too_many_at_once_are_formed_in_parts(monkeypatch):
 def test_the_head_sees_the_target_positions_alone(monkeypatch):
     model = shaken("gpt2")
     seen, plain = list[int](), token_losses
-    monkeypatch.setattr(module, "token_losses", lambda head, x, y: (seen.append(len(x)), plain(head, x, y))[1])
+    monkeypatch.setattr(module, "token_losses", lambda head, x, *rest: (seen.append(len(x)), plain(head, x, *rest))[1])
     rows = model.encode(EXAMPLES)
     model(model.collate(rows))
     assert seen == [sum(len(row.targets) for row in rows)]
