@@ -3,7 +3,7 @@
 Each method trains on the same rows, for as many epochs, at its own learning rate; with --tune at the one of three that
 is best on dev with the first seed. Where all of a backbone trains it is a copy, and trains by the same loss, batches,
 schedule and choice of the best epoch. The table and what was asked are also written to benchmarks/generation.json. The
-defaults take about two hours on two free CPU cores with a model of 7 M parameters; --tune doubles it.
+defaults take some hours on two CPU cores with a model of 7 M parameters; --tune doubles it.
 """
 
 from __future__ import annotations

@@ -54,6 +54,11 @@ class Routing:
         self.rows, self.index, self.resting = None, None, True
 
 
+def slots_of(index: Index, rows: Tensor) -> Index:
+    """The slot of each of these rows [n] of a batch, or the one of all."""
+    return index[rows] if isinstance(index, Tensor) else index
+
+
 def check_slot(index: Index, slots: int) -> None:
     """An error where `index` names something else than slots that there are."""
     if index is None or torch.compiler.is_compiling():

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from deltaprompt.backbone import Backbone
 from deltaprompt.backbone.heads import Head
 from deltaprompt.compose import Adapted, Index, carries_deltas, instances
-from deltaprompt.compose.routing import Routing, check_slot
+from deltaprompt.compose.routing import Routing, check_slot, slots_of
 from deltaprompt.deltas._base import Delta
 from deltaprompt.errors import ConfigError
 from deltaprompt.features import Encoded, Features
@@ -101,7 +101,7 @@ class Generator(Trainable):
         there = batch.targets >= 0  # [b, m]
         states = self._read(batch)[there]  # [n, d]
         rows = there.sum(1)  # [b]
-        whose = adaptation.repeat_interleave(rows) if isinstance(adaptation, Tensor) else adaptation
+        whose = slots_of(adaptation, there.nonzero()[:, 0])
         each = token_losses(_head(self.backbone), states, batch.targets[there], self.adapted.routing, whose)  # [n]
         tokens = [int(own.sum()) for own in rows.split(list(sizes or [len(rows)]))]
         losses = torch.stack([own.mean() for own in each.split(tokens)])

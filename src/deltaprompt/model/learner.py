@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from deltaprompt.backbone import Backbone
 from deltaprompt.compose import Index
-from deltaprompt.compose.routing import check_slot
+from deltaprompt.compose.routing import check_slot, slots_of
 from deltaprompt.data.episodes import Episode
 from deltaprompt.data.tagged import in_words
 from deltaprompt.deltas._base import Delta
@@ -80,7 +80,7 @@ class Learner(Wrapped):
         number, support = batch.episodes[:, 0], batch.episodes[:, 1].bool()  # [rows]
         count = int(number[-1]) + 1
         slots = [int(n) for n in adaptation] if isinstance(adaptation, Tensor) else [adaptation or 0] * count
-        at = self.model.at_mask(batch, adaptation[number] if isinstance(adaptation, Tensor) else adaptation)
+        at = self.model.at_mask(batch, slots_of(adaptation, number))
         items, rows = self._items(at)
         classes = batch.targets[batch.targets >= 0]  # [n] of the items
         logits, each = list[Tensor](), list[Tensor]()
@@ -281,11 +281,9 @@ class Learner(Wrapped):
             for name, tensor, at in model.slot_parts():
                 if name in kept:
                     tensor[at].copy_(kept[name])
-        model.start(examples)
-        if self.episodic.steps:
             scorer = model.reader().scorer
             for name, learnt in begun.items():
-                scorer.tensors[name].data[0].copy_(learnt)
+                scorer.tensors[name][0].copy_(learnt)
         return model
 
     def _begun_by(self, episode: Episode, slot: int) -> Mapping[str, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deltaprompt.backbone import Backbone
 from deltaprompt.compose import Index
-from deltaprompt.compose.routing import check_slot
+from deltaprompt.compose.routing import check_slot, slots_of
 from deltaprompt.data.tagged import in_words
 from deltaprompt.deltas._base import Delta
 from deltaprompt.errors import ConfigError, DataError
@@ -76,7 +76,7 @@ class Tagger(Wrapped):
         """
         at, there = self.model.at_mask(batch, adaptation), batch.answer_at >= 0  # [b, m]
         words = of_words(at)
-        slots = adaptation[there.nonzero()[:, 0]] if isinstance(adaptation, Tensor) else adaptation
+        slots = slots_of(adaptation, there.nonzero()[:, 0])
         logits = self.model.scores(words, slots)
         if batch.targets is None:
             return {"logits": logits}

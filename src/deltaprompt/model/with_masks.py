@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaprompt.compose import Index
+from deltaprompt.compose.routing import slots_of
 from deltaprompt.errors import ConfigError
 from deltaprompt.features import Encoded
 from deltaprompt.model.generator import token_losses
@@ -75,10 +76,7 @@ class WithMasks(Wrapped):
         assert self.backbone.head is not None  # of every masked language model
         there = places >= 0  # [b * v, k]
         right = ids.gather(1, places.clamp(min=0))[there]
-        whose = adaptation
-        if isinstance(adaptation, Tensor):
-            whose = adaptation.repeat_interleave(hidden.shape[1])[:, None].expand(there.shape)[there]
-        routing = self.model.adapted.routing
+        routing, whose = self.model.adapted.routing, slots_of(adaptation, there.nonzero()[:, 0] // hidden.shape[1])
         lost = token_losses(self.backbone.head, hidden.flatten(0, 1)[there], right, routing, whose)
         each = lost.new_zeros(there.shape).masked_scatter(there, lost)
         rows = [n * hidden.shape[1] for n in sizes]

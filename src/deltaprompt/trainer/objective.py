@@ -84,8 +84,22 @@ class Objective(ABC):
         """What of a pass over rows can be kept from epoch to epoch."""
 
 
+class ByVerbalizer(Objective, ABC):
+    """What is asked of a model whose verbalizer may start from labelled rows, and may have a loss of its own."""
+
+    model: Model | Tagger
+
+    def solve(self, slot: int, plan: Plan) -> None:
+        verbalizer = self.model.reader(slot).verbalizer
+        if isinstance(verbalizer, Started) and verbalizer.solved:
+            self.start(slot, plan)
+
+    def whole(self, slots: Sequence[int]) -> bool:
+        return any(isinstance(self.model.reader(slot).verbalizer, Trained) for slot in slots)
+
+
 @dataclass(frozen=True)
-class Labelling(Objective):
+class Labelling(ByVerbalizer):
     """The loss of labels; the best accuracy is chosen, and of equal ones the lowest loss."""
 
     model: Model
@@ -123,15 +137,8 @@ class Labelling(Objective):
         self.model.start(plan.train, slot, rows, plan.unlabelled)
         calibrate(self.model, plan.unlabelled or plan.train, slot, rows)
 
-    def solve(self, slot: int, plan: Plan) -> None:
-        if _solved(self.model.reader(slot)):
-            self.start(slot, plan)
-
     def sort(self, slot: int, row: Encoded) -> tuple[int, int]:
         return _sort(self.model.reader(slot), self.group(slot), row)
-
-    def whole(self, slots: Sequence[int]) -> bool:
-        return any(isinstance(self.model.reader(slot).verbalizer, Trained) for slot in slots)
 
     @property
     def draws(self) -> bool:
@@ -191,7 +198,7 @@ class Pairing(Objective):
 
 
 @dataclass(frozen=True)
-class Finding(Objective):
+class Finding(ByVerbalizer):
     """The loss of words' classes; the best F1 of spans is chosen, and of equal ones the lowest loss."""
 
     model: Tagger
@@ -207,13 +214,6 @@ class Finding(Objective):
 
     def start(self, slot: int, plan: Plan) -> None:
         self.model.start(plan.train, slot, plan.training.batch_size)
-
-    def solve(self, slot: int, plan: Plan) -> None:
-        if _solved(self.model.reader(slot)):
-            self.start(slot, plan)
-
-    def whole(self, slots: Sequence[int]) -> bool:
-        return any(isinstance(self.model.reader(slot).verbalizer, Trained) for slot in slots)
 
     def below(self, rows: Sequence[Encoded]) -> Below | Nothing:
         return below(self.model.model, rows)
@@ -236,11 +236,6 @@ class Adapting(Objective):
 
     def below(self, rows: Sequence[Encoded]) -> Below | Nothing:
         return below(self.model.model, rows)
-
-
-def _solved(reader: Reader) -> bool:
-    """Whether the verbalizer is solved, and not trained by steps."""
-    return isinstance(reader.verbalizer, Started) and reader.verbalizer.solved
 
 
 def _sort(reader: Reader, group: int, row: Encoded) -> tuple[int, int]:

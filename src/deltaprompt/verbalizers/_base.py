@@ -128,6 +128,20 @@ class Started(ABC):
         """
 
 
+class Described(Started, ABC):
+    """A verbalizer that may start from a sentence about each label, in its field `descriptions`."""
+
+    descriptions: Mapping[str, str]
+
+    def constants(self, s: Setting) -> Mapping[str, Tensor]:
+        if self.descriptions:
+            of_each(self.descriptions, s.labels, "description")
+        return {}
+
+    def texts(self, s: Setting) -> Sequence[str]:
+        return [self.descriptions[label] for label in s.labels] if self.descriptions else []
+
+
 class Trained(ABC):
     """A verbalizer with a loss of its own in place of the cross-entropy of its scores."""
 
@@ -151,6 +165,11 @@ def pooled(at: AtMask) -> Tensor:
     hidden = at.hidden[:, 0].to(torch.promote_types(at.hidden.dtype, torch.float32))
     present = at.present[:, 0, :, None]
     return (hidden * present).sum(1) / present.sum(1)
+
+
+def linear(w: Weights, h: Tensor) -> Tensor:
+    """W h + b [b, c] of states h [b, d], by one `weight` [c, d] and `bias` [c], or by those of each row."""
+    return (w["weight"] @ h[..., None]).squeeze(-1) + w["bias"]
 
 
 def cosine(z: Tensor, h: Tensor) -> Tensor:
@@ -181,10 +200,11 @@ def each_has_examples(s: Setting, classes: Tensor, what: str, mend: str = "") ->
         raise ConfigError(f"no training example of {', '.join(map(repr, empty))} to start {what} from{mend}")
 
 
-def check_scale(name: str, scale: float) -> None:
-    """Checks an inverse temperature."""
-    if not 0 < scale < math.inf:
-        raise ConfigError(f"{name}: got scale={scale}; scale > 0 is possible")
+def check_positive(name: str, **options: float) -> None:
+    """Checks numbers that may not be 0."""
+    for option, value in options.items():
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{name}: got {option}={value}; {option} > 0 is possible")
 
 
 def check_weights(name: str, **options: float) -> None:

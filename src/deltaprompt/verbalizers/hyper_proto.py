@@ -17,7 +17,7 @@ from torch.nn.functional import normalize, softplus
 from deltaprompt.errors import ConfigError, check_one_of
 from deltaprompt.params import Param, Weights, zeros
 from deltaprompt.types import AtMask
-from deltaprompt.verbalizers._base import Setting, Started, Verbalizer, check_scale, each_has_examples, pooled
+from deltaprompt.verbalizers._base import Setting, Started, Verbalizer, check_positive, each_has_examples, pooled
 from deltaprompt.verbalizers._spheres import Metric, centres, measured, radii
 
 LEAST = 1e-6  # what softplus gives where a radius of 0 is asked for, which it cannot
@@ -52,7 +52,7 @@ class HyperProto(Verbalizer, Started):
         check_one_of("metric", self.metric, get_args(Metric))
         check_one_of("inside", self.inside, ("signed", "zero", "abs"))
         check_one_of("radius", self.radius, ("raw", "abs", "softplus"))
-        check_scale("hyper_proto", self.scale)
+        check_positive("hyper_proto", scale=self.scale)
         if self.metric != "distance" and self.inside != "signed":
             raise ConfigError(f"hyper_proto: inside={self.inside!r} is of the metric 'distance'; leave one of them out")
         if self.metric == "cone" and self.unit:

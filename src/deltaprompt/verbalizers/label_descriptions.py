@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from deltaprompt.params import Param, Weights, zeros
 from deltaprompt.types import AtMask
-from deltaprompt.verbalizers._base import Setting, Started, Verbalizer, check_scale, cosine, of_each, pooled
+from deltaprompt.verbalizers._base import Described, Setting, Verbalizer, check_positive, cosine, of_each, pooled
 
 
 @dataclass(frozen=True)
-class LabelDescriptions(Verbalizer, Started):
+class LabelDescriptions(Described, Verbalizer):
     """A plain sentence for each class, embedded by the backbone; the embeddings then train: c · d parameters.
 
     Args:
@@ -29,17 +29,14 @@ class LabelDescriptions(Verbalizer, Started):
     most: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
-        check_scale("label_descriptions", self.scale)
+        check_positive("label_descriptions", scale=self.scale)
 
     def params(self, s: Setting) -> Mapping[str, Param]:
         return {"z": Param((len(s.labels), s.width), zeros)}
 
     def constants(self, s: Setting) -> Mapping[str, Tensor]:
-        of_each(self.descriptions, s.labels, "description")
+        of_each(self.descriptions, s.labels, "description")  # also where there is none at all
         return {}
-
-    def texts(self, s: Setting) -> Sequence[str]:
-        return [self.descriptions[label] for label in s.labels]
 
     def start(self, w: Weights, s: Setting, texts: Tensor, support: Tensor, classes: Tensor) -> Mapping[str, Tensor]:
         return {"z": texts}

@@ -10,7 +10,7 @@ h / |h|, and σ² the mean squared distance to it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -18,21 +18,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from deltaprompt.errors import ConfigError
 from deltaprompt.params import Param, Weights, zeros
 from deltaprompt.types import AtMask
 from deltaprompt.verbalizers._base import (
+    Described,
     Setting,
-    Started,
     Verbalizer,
+    check_positive,
     each_has_examples,
-    of_each,
+    linear,
     pooled,
 )
 
 
 @dataclass(frozen=True)
-class LinearProbe(Verbalizer, Started):
+class LinearProbe(Described, Verbalizer):
     """A linear head of c · (d + 1) numbers, solved from the examples' states; deltas alone train.
 
     Args:
@@ -49,21 +49,11 @@ class LinearProbe(Verbalizer, Started):
     most: ClassVar[int | None] = 10_000
 
     def __post_init__(self) -> None:
-        for name in ("description_weight", "penalty"):
-            if not 0 < vars(self)[name] < torch.inf:
-                raise ConfigError(f"linear_probe: got {name}={vars(self)[name]}; {name} > 0 is possible")
+        check_positive("linear_probe", description_weight=self.description_weight, penalty=self.penalty)
 
     def params(self, s: Setting) -> Mapping[str, Param]:
         shapes = {"weight": (len(s.labels), s.width), "bias": (len(s.labels),)}
         return {name: Param(shape, zeros, trains=False) for name, shape in shapes.items()}
-
-    def constants(self, s: Setting) -> Mapping[str, Tensor]:
-        if self.descriptions:
-            of_each(self.descriptions, s.labels, "description")
-        return {}
-
-    def texts(self, s: Setting) -> Sequence[str]:
-        return [self.descriptions[label] for label in s.labels] if self.descriptions else []
 
     def start(self, w: Weights, s: Setting, texts: Tensor, support: Tensor, classes: Tensor) -> Mapping[str, Tensor]:
         if len(texts) == 0:
@@ -79,8 +69,7 @@ class LinearProbe(Verbalizer, Started):
         return {"weight": found / spread, "bias": bias - found @ middle / spread}
 
     def scores(self, w: Weights, s: Setting, at: AtMask) -> Tensor:
-        h = normalize(pooled(at).to(w["weight"].dtype), dim=-1)
-        return (w["weight"] @ h[..., None]).squeeze(-1) + w["bias"]
+        return linear(w, normalize(pooled(at).to(w["weight"].dtype), dim=-1))
 
 
 def regression(x: Tensor, y: Tensor, weights: Tensor, classes: int, penalty: float) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from deltaprompt.verbalizers._base import (
     Setting,
     Started,
     Verbalizer,
-    check_scale,
+    check_positive,
     cosine,
     each_has_examples,
     pooled,
@@ -43,7 +43,7 @@ class NNShot(Verbalizer, Started):
 
     def __post_init__(self) -> None:
         check_one_of("metric", self.metric, ("euclidean", "cosine"))
-        check_scale("nn_shot", self.scale)
+        check_positive("nn_shot", scale=self.scale)
         if self.each < 1:
             raise ConfigError(f"nn_shot: got each={self.each}; each >= 1 is possible")
 

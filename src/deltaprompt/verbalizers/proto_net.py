@@ -19,7 +19,7 @@ from deltaprompt.verbalizers._base import (
     Setting,
     Started,
     Verbalizer,
-    check_scale,
+    check_positive,
     class_means,
     each_has_examples,
     pooled,
@@ -44,7 +44,7 @@ class ProtoNet(Verbalizer, Started):
 
     def __post_init__(self) -> None:
         check_one_of("metric", self.metric, ("euclidean", "dot"))
-        check_scale("proto_net", self.scale)
+        check_positive("proto_net", scale=self.scale)
 
     def params(self, s: Setting) -> Mapping[str, Param]:
         return {"z": Param((len(s.labels), s.width), zeros)}

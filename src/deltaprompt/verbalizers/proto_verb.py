@@ -21,7 +21,7 @@ from deltaprompt.verbalizers._base import (
     Started,
     Trained,
     Verbalizer,
-    check_scale,
+    check_positive,
     class_means,
     cosine,
     each_has_examples,
@@ -54,7 +54,7 @@ class ProtoVerb(Wordable, Verbalizer, Started, Trained):
     begun: ClassVar[str] = "z"
 
     def __post_init__(self) -> None:
-        check_scale("proto_verb", self.scale)
+        check_positive("proto_verb", scale=self.scale)
         if self.dim < 1:
             raise ConfigError(f"proto_verb: got dim={self.dim}; dim >= 1 is possible")
 

@@ -6,7 +6,7 @@ the number of the class's examples: what a label says counts most where they are
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -17,21 +17,20 @@ from torch.nn.functional import normalize
 from deltaprompt.params import Param, Weights, zeros
 from deltaprompt.types import AtMask
 from deltaprompt.verbalizers._base import (
+    Described,
     Setting,
-    Started,
     Verbalizer,
-    check_scale,
+    check_positive,
     check_weights,
     class_means,
     cosine,
     each_has_examples,
-    of_each,
     pooled,
 )
 
 
 @dataclass(frozen=True)
-class Prototypes(Verbalizer, Started):
+class Prototypes(Described, Verbalizer):
     """One learnable point on the unit sphere a class: c · d parameters.
 
     Args:
@@ -46,19 +45,11 @@ class Prototypes(Verbalizer, Started):
     begun: ClassVar[str] = "z"
 
     def __post_init__(self) -> None:
-        check_scale("prototypes", self.scale)
+        check_positive("prototypes", scale=self.scale)
         check_weights("prototypes", description_weight=self.description_weight)
 
     def params(self, s: Setting) -> Mapping[str, Param]:
         return {"z": Param((len(s.labels), s.width), zeros)}
-
-    def constants(self, s: Setting) -> Mapping[str, Tensor]:
-        if self.descriptions:
-            of_each(self.descriptions, s.labels, "description")
-        return {}
-
-    def texts(self, s: Setting) -> Sequence[str]:
-        return [self.descriptions[label] for label in s.labels] if self.descriptions else []
 
     def start(self, w: Weights, s: Setting, texts: Tensor, support: Tensor, classes: Tensor) -> Mapping[str, Tensor]:
         if len(texts) == 0:

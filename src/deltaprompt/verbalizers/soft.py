@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deltaprompt.params import Param, Weights, normal, zeros
 from deltaprompt.types import AtMask
-from deltaprompt.verbalizers._base import Setting, Verbalizer, check_weights, pooled, without_prior
+from deltaprompt.verbalizers._base import Setting, Verbalizer, check_weights, linear, pooled, without_prior
 from deltaprompt.verbalizers._likelihood import of_classes, scored
 from deltaprompt.verbalizers._words import Wordable
 
@@ -44,6 +44,4 @@ class SoftVerbalizer(Wordable, Verbalizer):
         return of_classes(words, w["member"], "geometric") + self._linear(w, at) if self.words else words
 
     def _linear(self, w: Weights, at: AtMask) -> Tensor:
-        """W h + b: [c, d] @ [b, d, 1] -> [b, c]."""
-        h = pooled(at).to(w["weight"].dtype)
-        return (w["weight"] @ h[..., None]).squeeze(-1) + w["bias"]
+        return linear(w, pooled(at).to(w["weight"].dtype))

@@ -21,7 +21,7 @@ from deltaprompt.verbalizers._base import (
     Started,
     Trained,
     Verbalizer,
-    check_scale,
+    check_positive,
     class_means,
     each_has_examples,
     pooled,
@@ -49,7 +49,7 @@ class SphericalPrototypes(Verbalizer, Started, Trained):
     begun: ClassVar[str] = "z"
 
     def __post_init__(self) -> None:
-        check_scale("spherical_prototypes", self.scale)
+        check_positive("spherical_prototypes", scale=self.scale)
         if not (0 < self.s2z < torch.inf and 0 <= self.cls < torch.inf and 0 <= self.s2s < torch.inf):
             raise ConfigError(
                 f"spherical_prototypes: got s2z={self.s2z}, cls={self.cls}, s2s={self.s2s}; possible: s2z > 0, without "
