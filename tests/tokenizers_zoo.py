@@ -43,16 +43,20 @@ def around(core: Tokenizer, single: str) -> None:
 
 
 def bert() -> PreTrainedTokenizerFast:
-    """WordPiece, lower case."""
+    """WordPiece, lower case; its pieces are written down, as its trainer's differ from process to process."""
     names = {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]"}
     core = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     core.normalizer = normalizers.BertNormalizer(lowercase=True)
     core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     core.decoder = decoders.WordPiece()
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    core.train_from_iterator(
-        CORPUS, trainers.WordPieceTrainer(vocab_size=300, special_tokens=specials, show_progress=False)
-    )
+    split = core.pre_tokenizer.pre_tokenize_str(core.normalizer.normalize_str(" ".join(CORPUS)))
+    words = {word for word, _ in split}
+    letters = {letter for word in words for letter in word}
+    pieces = {*letters, *(f"##{letter}" for letter in letters), *words, *(word[:3] for word in words)}
+    vocab = {piece: i for i, piece in enumerate([*specials, *sorted(pieces)])}
+    core.model = models.WordPiece(vocab, unk_token="[UNK]")
+    core.add_special_tokens([special(name) for name in specials])
     around(core, "[CLS] $A [SEP]")
     return PreTrainedTokenizerFast(tokenizer_object=core, **{f"{k}_token": v for k, v in names.items()})
 
@@ -149,7 +153,8 @@ def t5() -> PreTrainedTokenizerFast:
     split = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always", split=True)]
     core.pre_tokenizer = pre_tokenizers.Sequence(split)
     core.train_from_iterator(CORPUS, trainers.UnigramTrainer(vocab_size=200, show_progress=False, unk_token="<unk>"))
-    learned = [(p, s) for p, s in json.loads(core.to_str())["model"]["vocab"] if p != "<unk>"]
+    found = json.loads(core.to_str())["model"]["vocab"]
+    learned = sorted((piece, round(score, 6)) for piece, score in found if piece != "<unk>")  # whatever the process
     sentinels = [f"<extra_id_{i}>" for i in range(3)]
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *learned, *((s, 0.0) for s in reversed(sentinels))]
     core.model = models.Unigram(pieces, unk_id=2)
