@@ -86,7 +86,7 @@ def trained(
 
 
 def test_learns_what_can_be_told_apart(model: Model) -> None:
-    run = fit(model, TRAIN, TRAIN, training=Training(steps=80, learning_rate=2e-2, batch_size=8))
+    run = fit(model, TRAIN, TRAIN, training=Training(steps=160, learning_rate=2e-2, batch_size=8))
     assert model.evaluate(TRAIN)["accuracy"] == 1.0
     assert run.best["accuracy"] == 1.0
     assert run.history[-1]["loss"] < 0.5 * run.history[0]["loss"]
