@@ -18,6 +18,7 @@ import pytest
 from torch.testing import assert_close
 
 import deltaprompt as dp
+from deltaprompt.calibrations.contextual import Contextual
 from deltaprompt.cli import compare as command
 from deltaprompt.cli.compare_recipe import build
 from deltaprompt.cli.recipe import read_toml
@@ -218,6 +219,14 @@ def test_what_begins_by_chance_is_not_asked_at_zero_shots() -> None:
     }
     entries = {name: Trained(name, backbone, task).entry(DATA) for name, task in each.items()}
     assert [entry.zero_shot for entry in entries.values()] == [False, True]
+
+
+def test_what_shows_examples_is_asked_where_there_are_some() -> None:
+    task = dp.Task("{demos:2}{text} {mask}\n", {"b": "bad", "g": "good"}, calibration=Contextual())
+    shows = Trained("shows", zoo.build("gpt2"), task)
+    assert not shows.entry(DATA).zero_shot
+    found = compare([DATA], [shows], shots=[0, 2], seeds=(0, 1))
+    assert [(figure.shots, len(figure.each), figure.failed) for figure in found.figures] == [(0, 0, {}), (2, 2, {})]
 
 
 def test_the_best_and_what_is_within_its_standard_error() -> None:

@@ -132,9 +132,12 @@ def by_chance(model: Model) -> str | None:
     Args:
         model: of one task, with two adaptations of different seeds and nothing learned.
     """
-    reader = model.reader()
-    drawn = any(not tensor[0].equal(tensor[1]) for tensor in reader.scorer.tensors.values())
-    return type(reader.verbalizer).__name__ if drawn else None
+    one, other = (
+        {name: tensor[model.seats[slot][1]] for name, tensor in model.reader(slot).scorer.tensors.items()}
+        for slot in (0, 1)
+    )
+    drawn = any(not tensor.equal(other[name]) for name, tensor in one.items())
+    return type(model.reader().verbalizer).__name__ if drawn else None
 
 
 def check_started(reader: Reader, place: int) -> None:

@@ -60,7 +60,7 @@ class Trained(Method):
             if features.template.demos is None:  # else its rows stand beside others first
                 model.encode([data.train[0], data.test[0], *data.outside[:1]])
             learns = model.parameter_count() > 0 or objective_of(model).takes_examples(0)
-            zero_shot = by_chance(model) is None
+            zero_shot = by_chance(model) is None and features.template.demos is None
         finally:
             model.adapted.remove()
         told = {"task": repr(task), "deltas": repr(list(self.deltas)), "training": settings, "dev": self.dev}
